@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be predicted from a face, and the one contract that tables, models, losses and metrics share."""
+
+from affect.tasks.base import Columns, Encoded, TargetTransform, Task
+from affect.tasks.kinds import (
+    Attributes,
+    AUIntensity,
+    AUOccurrence,
+    Coefficients,
+    Expression,
+    HeadPose,
+    Landmarks,
+    ValenceArousal,
+    to_fractions,
+    to_pixels,
+)
+from affect.tasks.targets import UniformSmoothing
+
+__all__ = [
+    "AUIntensity",
+    "AUOccurrence",
+    "Attributes",
+    "Coefficients",
+    "Columns",
+    "Encoded",
+    "Expression",
+    "HeadPose",
+    "Landmarks",
+    "TargetTransform",
+    "Task",
+    "UniformSmoothing",
+    "ValenceArousal",
+    "to_fractions",
+    "to_pixels",
+]
