@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Methods: one folder per paper, all on ``affect.models.base.AffectModule``."""

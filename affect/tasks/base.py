@@ -68,10 +68,11 @@ class Task(ABC):
         metrics: Metrics called with values, targets and masks (see ``affect.metrics.base``).
         target: Transform of targets that only losses see (``affect.tasks.targets``); None leaves them as they are.
         weight: Fixed weight of the task's loss in a multi-task sum.
+        score: Name of the metric (higher is better) that stands for the task when a checkpoint is selected, e.g.
+            ``f1/mean``; None leaves the task out of the selection.
 
     Attributes:
         softmax: Whether the outputs are classes of one distribution (one loss term) and not K separate terms.
-        higher: Name of the metric that stands for the task in tables and selection.
     """
 
     softmax: ClassVar[bool] = False
@@ -83,12 +84,14 @@ class Task(ABC):
         metrics: Sequence | Mapping | None = None,
         target: TargetTransform | None = None,
         weight: float = 1.0,
+        score: str | None = None,
     ) -> None:
         self.loss = loss
         listed = metrics.values() if isinstance(metrics, Mapping) else (metrics or ())
         self.metrics = [metric for metric in listed if metric is not None]
-        self.target = target
+        self.target = target or None  # an empty config node means no transform
         self.weight = float(weight)
+        self.score = score
 
     # ------------------------------------------------------------------------------------------- vocabulary
 
@@ -101,6 +104,10 @@ class Task(ABC):
     def num_outputs(self) -> int:
         """Number of scalars that a head returns."""
         return len(self.outputs)
+
+    def vocabulary(self) -> dict[str, list]:
+        """Return the constructor arguments that fix the outputs, so that a release can be built without any table."""
+        return {}
 
     @property
     def landmark_scheme(self) -> str | None:

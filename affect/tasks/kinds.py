@@ -83,6 +83,9 @@ class _ActionUnits(_ScalarColumns):
             raise DataError(f"no table has an action unit column ({self._column(1)}, {self._column(12)}, …)")
         super().bind(sources)
 
+    def vocabulary(self) -> dict[str, list]:
+        return {"aus": list(self.aus or ())}
+
     def _column(self, au: int) -> str:
         return f"au{au:02d}_{self.suffix}"
 
@@ -160,6 +163,9 @@ class Expression(Task):
     @property
     def outputs(self) -> tuple[str, ...]:
         return self.classes or ()
+
+    def vocabulary(self) -> dict[str, list]:
+        return {"classes": list(self.outputs)}
 
     def wanted(self) -> tuple[str, ...]:
         return ("expression", *(labels.expression_column(name) for name in self.outputs))
@@ -347,6 +353,9 @@ class Attributes(_ScalarColumns):
             raise DataError(f"no table has a column that starts with {self.prefix}")
         super().bind(sources)
 
+    def vocabulary(self) -> dict[str, list]:
+        return {"names": list(self.outputs)}
+
     @property
     def outputs(self) -> tuple[str, ...]:
         return self.names or ()
@@ -391,6 +400,9 @@ class Coefficients(_ScalarColumns):
         if self.names is None:
             raise DataError(f"no table has a column that starts with {self.prefix}")
         super().bind(sources)
+
+    def vocabulary(self) -> dict[str, list]:
+        return {"names": list(self.outputs)}
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exponential moving average of the weights: Lightning's, kept in place until the validation is over."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EMAWeightAveraging
+
+
+class EMA(EMAWeightAveraging):
+    """Lightning's EMA callback whose averaged weights stay in the model until ``on_validation_end``.
+
+    Lightning swaps the weights back before validation metrics exist, so a callback that keeps the best weights by such
+    a metric would keep the wrong ones. Checkpoints that are written after the validation see the original weights.
+
+    Args:
+        decay: Factor of the old average per update, in [0, 1).
+        update_every_n_steps: Steps between two updates.
+        update_starting_at_step: First step that updates; None starts at once.
+    """
+
+    def __init__(
+        self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
+    ) -> None:
+        super().__init__(
+            decay=decay,
+            update_every_n_steps=update_every_n_steps,
+            update_starting_at_step=update_starting_at_step,
+            use_buffers=True,
+        )
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the averaged weights in place."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the original weights back."""
+        super().on_validation_epoch_end(trainer, pl_module)

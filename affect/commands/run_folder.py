@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run lives: its folder is a function of what can change its result, and only one process may write there."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from affect.errors import ConfigError
+
+RESULTS, CONFIG, LOCK = "results.json", "config.yaml", "run.lock"
+
+WITHOUT_EFFECT = (
+    *("paths", "logger", "force", "compare", "reference", "trust", "group_by", "bootstrap", "hydra"),
+    *("callbacks.progress", "callbacks.last", "data.num_workers", "dataset.cache"),
+)
+"""Keys that cannot change what a training run computes."""
+
+
+def result_hash(config: DictConfig) -> str:
+    """Return 8 hex digits over all keys that can change the result, the seed excepted (it has its own folder)."""
+    plain = OmegaConf.to_container(config, resolve=False)
+    for key in (*WITHOUT_EFFECT, "seed"):
+        _drop(plain, key.split("."))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _drop(node: Any, keys: list[str]) -> None:  # noqa: ANN401
+    for key in keys[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(keys[-1], None)
+
+
+def resolve_output(config: DictConfig) -> Path:
+    """Return the run's folder and store it as ``paths.output``.
+
+    Alone, a run lives in ``runs/<name>/<dataset>-<test part>/<hash>/seed<k>`` or where ``paths.output`` says; a job of a
+    sweep lives in the job's own folder.
+    """
+    job = _sweep_job()
+    if job is not None:
+        given = config.paths.output
+        output = Path(given) / str(job[1]) if given else job[0]
+    elif config.paths.output:
+        output = Path(config.paths.output)
+    else:
+        where = f"{config.dataset.name}-{config.protocol.test}"
+        output = Path(config.paths.runs) / config.name / where / result_hash(config) / f"seed{config.seed}"
+    output = output.expanduser().absolute()
+    OmegaConf.update(config, "paths.output", str(output))
+    return output
+
+
+def _sweep_job() -> tuple[Path, int] | None:
+    """Return folder and number of the current job if this process runs a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir) / hydra.sweep.subdir, int(hydra.job.num)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when the process ends in whatever way.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{folder}: another process is running it ({file.read().strip() or 'unknown'})") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def same_run(folder: Path, config: DictConfig) -> None:
+    """Store the config of a new run, or check that a folder's run is the one that the config asks for.
+
+    Raises:
+        ConfigError: If the folder holds another run; the message names the keys that differ.
+    """
+    path = folder / CONFIG
+    if path.is_file():
+        held = OmegaConf.load(path)
+        if not isinstance(held, DictConfig) or _identity(held) != _identity(config):
+            keys = differing(held, config) if isinstance(held, DictConfig) else []
+            raise ConfigError(
+                f"{folder} holds another run (differs in {', '.join(keys[:6]) or 'its config'}); "
+                "choose another paths.output, or force=true to replace it"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    partial.replace(path)
+
+
+def _identity(config: DictConfig) -> str:
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    return f"{result_hash(resolved)}-{config.seed}"
+
+
+def differing(a: DictConfig, b: DictConfig) -> list[str]:
+    """Return the dotted keys in which two configs differ, keys without effect left out."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401
+        if isinstance(node, dict):
+            parts = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items()]
+            return {key: value for part in parts for key, value in part.items()}
+        return {prefix: node}
+
+    sides = []
+    for config in (a, b):
+        plain = OmegaConf.to_container(config, resolve=True)
+        for key in WITHOUT_EFFECT:
+            _drop(plain, key.split("."))
+        sides.append(flat(plain))
+    return sorted(key for key in set(sides[0]) | set(sides[1]) if sides[0].get(key) != sides[1].get(key))

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that all methods share: terms, weighting, auxiliary objectives, optimisers, logging, prediction.
+
+A method subclasses ``AffectModule`` and overrides ``forward``, and ``training_terms`` or ``parameter_groups`` where it
+differs. Optimisation stays automatic.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from affect.errors import ConfigError, near
+from affect.losses.base import Terms
+from affect.models.weighting import FixedWeighting
+from affect.tasks import Task, to_pixels
+
+
+class Batch(Protocol):
+    """What a model may read of a batch; ``affect.data.batch.FaceBatch`` has it."""
+
+    image: Tensor
+    targets: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    points: dict[str, Tensor]
+    point_masks: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """An auxiliary objective on a model's outputs and on the activations of layers that it taps.
+
+    Attributes:
+        layers: Dotted names of the sub-modules whose outputs it needs, relative to the Lightning module.
+        weight: Factor of the objective in the total loss.
+    """
+
+    layers: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
+        """Return the sum of the objective over the samples it applies to, and their number."""
+        raise NotImplementedError
+
+
+class AffectModule(pl.LightningModule):
+    """Base of every method.
+
+    Args:
+        tasks: What to predict, by name; bound (``Task.bind``) before the module is built.
+        optimizer: Partial of a ``torch.optim`` optimiser; called with parameter groups.
+        scheduler: Partial of a learning-rate schedule, called with the optimiser and, if it takes it, ``total_steps``;
+            None keeps the rate constant.
+        scheduler_interval: Whether the schedule advances per ``step`` or per ``epoch``.
+        weighting: How task losses are weighed in the sum; None uses each task's fixed weight.
+        objectives: Auxiliary objectives by name.
+        encoder_lr_scale: Factor of the learning rate for encoders.
+        layer_decay: Layer-wise factor: a block ``d`` blocks below an encoder's last one learns at ``layer_decay ** d``
+            times the encoder's rate. None gives all blocks the same rate.
+        channels_last: Keep convolutional weights and images in channels-last memory order.
+
+    Attributes:
+        taps: Activations of the layers that objectives asked for, from the last forward pass; not detached.
+    """
+
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        scheduler_interval: str = "step",
+        weighting: nn.Module | None = None,
+        objectives: Mapping[str, Objective] | None = None,
+        encoder_lr_scale: float = 1.0,
+        layer_decay: float | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ConfigError("a model needs at least one task: task=[au,expression]")
+        self.tasks: dict[str, Task] = dict(tasks)
+        self.losses = nn.ModuleDict({n: t.loss for n, t in self.tasks.items() if t.loss is not None})
+        self.targets = nn.ModuleDict({n: t.target for n, t in self.tasks.items() if t.target is not None})
+        self.validation_metrics = nn.ModuleDict({n: nn.ModuleList(t.metrics) for n, t in self.tasks.items()})
+        self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
+        self.weighting = weighting or FixedWeighting({name: self.tasks[name].weight for name in self.losses})
+        self.objectives = nn.ModuleDict({n: o for n, o in (objectives or {}).items() if o is not None})
+        self.channels_last = channels_last
+        self.encoder_lr_scale, self.layer_decay = float(encoder_lr_scale), layer_decay
+        self.taps: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] | None = None
+        self._tap_handles: list[Any] = []
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}}
+        self.last_validation: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------- what methods override
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the representation of each task (logits, bounded numbers, point fractions)."""
+        raise NotImplementedError
+
+    def training_terms(self, batch: Batch) -> dict[str, Terms]:
+        """Return the loss terms of a training batch by task; by default the task losses of ``forward``."""
+        return self.task_terms(self(batch), batch)
+
+    def encoder_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the encoders (name, module): the parts that ``init=`` takes over and that learn at scaled rates."""
+        encoder = getattr(self, "encoder", None)
+        if encoder is not None:
+            yield "encoder", encoder
+
+    def heads(self) -> dict[str, nn.Linear]:
+        """Return the linear layer of each task whose rows are the task's outputs, for ``init=`` by label name."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------------- terms
+
+    def task_terms(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Terms]:
+        """Return each task's loss terms; only here do losses meet (transformed) targets."""
+        self._outputs = dict(outputs)
+        terms = {}
+        for name, loss in self.losses.items():
+            mask = batch.masks[name]
+            target = self.tasks[name].transform_targets(batch.targets[name], mask)
+            terms[name] = loss(outputs[name], target, mask)
+        return terms
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the total loss: each term over the global number of valid cells, weighed and summed."""
+        self._outputs = None
+        terms = self.training_terms(batch)
+        if self.objectives:
+            outputs = self(batch) if self._outputs is None else self._outputs
+            terms |= {name: objective(batch, outputs, self.taps) for name, objective in self.objectives.items()}
+        self._outputs, self.taps = None, {}
+        counts = self._global_counts(terms)
+        world = self.trainer.world_size if self._trainer is not None else 1
+        total = terms[next(iter(terms))].sum.sum() * 0
+        task_terms = {name: Terms(term.sum * world, counts[name]) for name, term in terms.items()}
+        weighed = self.weighting({name: term for name, term in task_terms.items() if name in self.tasks})
+        for value in weighed.values():
+            total = total + value
+        for name, objective in self.objectives.items():
+            term = task_terms[name]
+            total = total + objective.weight * term.sum.sum() / term.count.sum().clamp(min=1)
+        self._accumulate("train", terms)
+        self.log("loss", total.detach(), prog_bar=True, on_step=True, on_epoch=False, batch_size=len(batch.image))
+        return total
+
+    def _global_counts(self, terms: Mapping[str, Terms]) -> dict[str, Tensor]:
+        """Return counts summed over all processes, so that unequal masks weigh as in one process."""
+        counts = {name: term.count.detach().float() for name, term in terms.items()}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([counts[name] for name in sorted(counts)])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([len(counts[name]) for name in sorted(counts)])
+            counts = dict(zip(sorted(counts), parts, strict=True))
+        return counts
+
+    # ----------------------------------------------------------------------------------------------- logging
+
+    def _accumulate(self, stage: str, terms: Mapping[str, Terms]) -> None:
+        """Add up sums and counts ourselves: they are part of a checkpoint, so a resumed epoch logs the same mean."""
+        for name, term in terms.items():
+            pair = torch.stack([term.sum.detach().sum().double(), term.count.sum().double()])
+            held = self._sums[stage].get(name)
+            self._sums[stage][name] = pair if held is None else held.to(pair.device) + pair
+
+    def epoch_losses(self, stage: str) -> dict[str, float]:
+        """Return the mean of each term since the last call, over all processes, and start anew."""
+        losses = {}
+        for name, pair in sorted(self._sums[stage].items()):
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(pair)
+            if pair[1] > 0:
+                losses[f"{stage}/{name}/loss"] = float(pair[0] / pair[1])
+        self._sums[stage] = {}
+        return losses
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Update losses and metrics of the inference path."""
+        outputs = self(batch)
+        self._accumulate("val", self.task_terms(outputs, batch))
+        for name, metrics in self.validation_metrics.items():
+            values = self.tasks[name].predict(outputs[name].float())
+            target, mask = batch.targets[name], batch.masks[name]
+            if self.tasks[name].landmark_scheme is not None:
+                height, width = batch.image.shape[-2:]
+                values, target = to_pixels(values, height, width), to_pixels(target, height, width)
+            for metric in metrics:
+                metric.update(values, target, mask)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log losses and metrics, and the mean over tasks of the metric that stands for each (``val/score``)."""
+        logged = self.epoch_losses("val")
+        scores = []
+        for name, metrics in self.validation_metrics.items():
+            for metric in metrics:
+                for key, value in metric.compute().items():
+                    logged[f"val/{name}/{key}"] = float(value)
+                metric.reset()
+            score = self.tasks[name].score
+            if score is not None:
+                key = f"val/{name}/{score}"
+                if key not in logged:
+                    known = [k.removeprefix(f"val/{name}/") for k in logged if k.startswith(f"val/{name}/")]
+                    raise ConfigError(f"task.{name}.score={score}: no such metric; {near(score, known)}")
+                scores.append(logged[key])
+        finite = [score for score in scores if score == score]  # a metric without labels is NaN and says nothing
+        if finite:
+            logged["val/score"] = sum(finite) / len(finite)
+        self.last_validation = logged
+        shown = {key: value for key, value in logged.items() if value == value}
+        self.log_dict({k: v for k, v in shown.items() if k != "val/score"}, rank_zero_only=True)
+        if "val/score" in shown:
+            self.log("val/score", shown["val/score"], prog_bar=True, rank_zero_only=True)
+
+    def predict_step(self, batch: Batch, batch_index: int = 0) -> dict[str, Tensor]:
+        """Return the values of each task (probabilities, bounded numbers; landmarks as fractions of the crop)."""
+        return {name: self.tasks[name].predict(output.float()) for name, output in self(batch).items()}
+
+    # ------------------------------------------------------------------------------------------ optimisation
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return groups of trainable parameters with ``lr_scale``; biases, norms and scalars get no weight decay.
+
+        Methods override this to add groups of their own (schedule, decay, clipping).
+        """
+        depth: dict[int, float] = {}
+        for _, encoder in self.encoder_modules():
+            layers = encoder.layer_index() if self.layer_decay is not None else {}
+            last = max(layers.values(), default=0)
+            for name, parameter in encoder.model.named_parameters():
+                below = last - layers.get(name, last)
+                depth[id(parameter)] = self.encoder_lr_scale * (self.layer_decay or 1.0) ** below
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.ndim > 1 and not any(key in name for key in self.no_weight_decay)
+                groups.setdefault((depth.get(id(parameter), 1.0), decayed), []).append(parameter)
+        return [
+            {"params": parameters, "lr_scale": scale} | ({} if decayed else {"weight_decay": 0.0})
+            for (scale, decayed), parameters in groups.items()
+        ]
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Return the optimiser over ``parameter_groups`` and its schedule."""
+        if self.optimizer is None:
+            raise ConfigError("no optimizer: add optimizer=adamw")
+        keywords = getattr(self.optimizer, "keywords", {})
+        groups = self.parameter_groups()
+        if not groups:
+            raise ConfigError("no trainable parameters: encoder.trainable=none needs a model with heads")
+        for group in groups:
+            if "lr" in keywords:
+                group["lr"] = keywords["lr"] * group.get("lr_scale", 1.0)
+        optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return optimizer
+        function = getattr(self.scheduler, "func", self.scheduler)
+        extra = {}
+        if "total_steps" in inspect.signature(function).parameters:
+            steps = int(self.trainer.estimated_stepping_batches)
+            extra["total_steps"] = steps if self.scheduler_interval == "step" else int(self.trainer.max_epochs or 1)
+        scheduler = self.scheduler(optimizer, **extra)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
+        }
+
+    # --------------------------------------------------------------------------------- taps, state, placement
+
+    def setup(self, stage: str) -> None:
+        """Attach the taps of auxiliary objectives; a layer that does not exist is an error that lists near ones."""
+        if self.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self._tap_handles:
+            return
+        modules = dict(self.named_modules())
+        for name, objective in self.objectives.items():
+            for layer in objective.layers:
+                if layer not in modules:
+                    raise ConfigError(f"objective {name}: no layer {layer!r}; {near(layer, modules)}")
+                self._tap_handles.append(modules[layer].register_forward_hook(self._tap(layer)))
+
+    def _tap(self, layer: str) -> Callable[..., None]:
+        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self.taps[layer] = output
+
+        return keep
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store open sums, so that an epoch continued in its middle reports the mean of the whole epoch."""
+        checkpoint["affect_sums"] = {
+            stage: {name: pair.cpu() for name, pair in sums.items()} for stage, sums in self._sums.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore open sums."""
+        self._sums = {"train": {}, "val": {}, **checkpoint.get("affect_sums", {})}
+
+    def release_state(self) -> dict[str, Tensor]:
+        """Return the tensors that prediction needs: no loss, metric or target-transform buffers."""
+        excluded = ("losses.", "targets.", "validation_metrics.", "objectives.", "weighting.")
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(excluded)}
+
+    def load_release_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``release_state`` returned.
+
+        Raises:
+            RuntimeError: If a tensor is missing, unexpected or of another shape.
+        """
+        own = self.release_state()
+        missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+        if missing or unexpected:
+            raise RuntimeError(f"missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}")
+        self.load_state_dict(dict(state), strict=False)
