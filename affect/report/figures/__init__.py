@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of data, training and results: pure functions of arrays and records that return matplotlib figures."""
+
+from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, enlargement
+from affect.report.figures.curves import cumulative_error_curve, reliability_diagram, training_curves
+from affect.report.figures.scatter import circumplex, coefficient_scatter
+from affect.report.figures.scores import au_bars, confusion_matrix, ladder_bars
+from affect.report.figures.sheets import landmark_sheet, prediction_sheet, sample_sheet
+from affect.report.figures.style import save, save_image
+
+__all__ = [
+    "FaceNote",
+    "annotate_face",
+    "annotate_faces",
+    "au_bars",
+    "circumplex",
+    "coefficient_scatter",
+    "confusion_matrix",
+    "cumulative_error_curve",
+    "enlargement",
+    "ladder_bars",
+    "landmark_sheet",
+    "prediction_sheet",
+    "reliability_diagram",
+    "sample_sheet",
+    "save",
+    "save_image",
+    "training_curves",
+]

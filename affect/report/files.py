@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Atomic writing: a reader sees the old file or the whole new one, never a part, whenever the writer is killed."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a path beside ``path``; when the block ends well, what was written there takes the place of ``path``.
+
+    The folder is made if it is missing. If the block raises, ``path`` is untouched and the part file is removed.
+
+    Example:
+        >>> with replacing("results.json") as part:  # doctest: +SKIP
+        ...     part.write_text("{}")
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is atomic only within a file system; the suffix stays, because writers of
+    # images choose their format by it. A name of our own keeps the permissions that the user's umask asks for.
+    part = target.with_name(f".{target.stem[:80]}.{uuid.uuid4().hex[:12]}.part{target.suffix}")
+    try:
+        yield part
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result tables for the terminal (rich) and for README files (Markdown), from the records of an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from affect.errors import DataError, near
+from affect.report.records import (
+    Record,
+    Score,
+    number_text,
+    overall,
+    read_arms,
+    read_scores,
+    select_names,
+)
+
+INTERVAL = "95 % interval"
+"""Heading of the interval column, the level of ``affect.metrics``' bootstrap."""
+
+
+def results_table(records: Sequence[Record], title: str | None = None, *, digits: int = 3) -> Table:
+    """Return a table of metric, value, interval, best constant predictor and number of samples.
+
+    A value that clearly beats the best constant predictor (its whole interval does) is bold green, one that does not
+    beat it is red and carries an exclamation mark. Subgroups are left to ``subgroup_table``.
+
+    Args:
+        records: Records of one evaluation; tasks are separated by a line.
+        title: Heading above the table.
+        digits: Decimals of every number.
+    """
+    scores = overall(read_scores(records))
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    table = _table(title)
+    if len(tasks) > 1:
+        table.add_column("task")
+    table.add_column("metric")
+    for heading in ("value", INTERVAL, "best constant", "n"):
+        table.add_column(heading, justify="right")
+    for task in tasks:
+        rows = [score for score in scores if score.task == task]
+        for index, score in enumerate(rows):
+            cells: list[str | Text] = [score.name, _value(score, digits), _interval(score, digits)]
+            cells += [number_text(score.constant, digits), _count(score.n)]
+            if len(tasks) > 1:
+                cells.insert(0, task if index == 0 else "")
+            table.add_row(*map(_plain, cells), end_section=index == len(rows) - 1)
+    if any(score.beats_constant is False for score in scores):
+        table.caption = "! not better than the best constant predictor"
+        table.caption_justify = "left"
+    return table
+
+
+def subgroup_table(
+    records: Sequence[Record], title: str | None = None, *, names: Sequence[str] | None = None, digits: int = 3
+) -> Table:
+    """Return a table with one row per subgroup, one column per metric, and the largest gap between subgroups.
+
+    Args:
+        records: Records of one evaluation with those of its subgroups.
+        title: Heading above the table.
+        names: Record names to show; None takes the summaries (``f1/mean``, ``accuracy`` …), or everything if there
+            are no summaries.
+        digits: Decimals of every number.
+
+    Raises:
+        DataError: If a name is asked for that no record has.
+    """
+    scores = read_scores(records)
+    known = {(score.task, score.name): score for score in scores}
+    if names is None:
+        keys = [key for key, score in known.items() if score.is_summary] or list(known)
+    else:
+        missing = [name for name in names if name not in {key[1] for key in known}]
+        if missing:
+            raise DataError(f"no record holds {missing[0]!r}; {near(missing[0], [key[1] for key in known])}")
+        keys = [key for name in names for key in known if key[1] == name]
+    several = len({task for task, _ in keys}) > 1
+    groups = list(dict.fromkeys(score.subgroup for score in scores if score.subgroup))
+    cells = {(score.subgroup, score.task, score.name): score for score in scores}
+
+    table = _table(title)
+    table.add_column("subgroup")
+    table.add_column("n", justify="right")
+    for task, name in keys:
+        table.add_column(Text(f"{task} {name}" if several and task else name), justify="right")
+    for group in ["", *groups]:
+        row = [cells.get((group, *key)) for key in keys]
+        if not group and not any(row):
+            continue
+        # One cell per metric has its own count; the row states the largest, as labels may be missing per task.
+        counts = [score.n for score in row if score is not None and score.n is not None]
+        texts = [_plain(_value(score, digits)) if score is not None else Text("–") for score in row]
+        shown = Text(group) if group else Text("all", style="bold")
+        table.add_row(shown, _count(max(counts, default=None)), *texts, end_section=not group)
+    if len(groups) > 1:
+        table.add_section()
+        gaps = [_gap([cells.get((group, *key)) for group in groups]) for key in keys]
+        table.add_row(Text("largest gap", style="italic"), "", *(number_text(gap, digits) for gap in gaps))
+    return table
+
+
+def comparison_table(
+    arms: Mapping[str, Sequence[Record]],
+    title: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    digits: int = 3,
+) -> Table:
+    """Return a table with one row per arm of a comparison and one column per metric; the best of a column is bold.
+
+    The last row is the best constant predictor. Intervals stand below the value where records have them.
+
+    Args:
+        arms: Records by arm, in the order of the rows.
+        title: Heading above the table.
+        names: Record names to show; None takes the summaries, or everything if there are no summaries.
+        digits: Decimals of every number.
+
+    Raises:
+        DataError: If an arm holds a number twice, or if no arm holds a name that was asked for.
+    """
+    read = read_arms(arms)
+    keys = select_names(read, names)
+    several = len({task for task, _ in keys}) > 1
+    table = _table(title)
+    table.add_column("arm")
+    for task, name in keys:
+        table.add_column(Text(f"{task} {name}" if several and task else name), justify="right")
+    best = {key: _best([scores[key] for scores in read.values() if key in scores], digits) for key in keys}
+    for index, (arm, scores) in enumerate(read.items()):
+        cells = []
+        for key in keys:
+            score = scores.get(key)
+            if score is None:
+                cells.append(Text("–"))
+                continue
+            value = number_text(score.value, digits)
+            cell = Text(value, style="bold" if value == best[key] else "")
+            if score.has_interval:
+                cell.append(f" {_interval(score, digits)}", style="not bold dim")
+            cells.append(cell)
+        table.add_row(Text(arm), *cells, end_section=index == len(read) - 1)
+    if keys:
+        table.add_row(Text("best constant", style="italic"), *(Text(_constants(read, key, digits)) for key in keys))
+    return table
+
+
+def markdown_table(records: Sequence[Record], *, digits: int = 3) -> str:
+    """Return ``results_table`` as a GitHub-flavoured Markdown table, ending with a line break."""
+    return markdown(results_table(records, digits=digits))
+
+
+def markdown(table: Table) -> str:
+    """Return any table of this module as GitHub-flavoured Markdown; bold cells stay bold, the title is left out."""
+    headings = [_cell(column.header) for column in table.columns]
+    rules = ["---:" if column.justify == "right" else "---" for column in table.columns]
+    rows = zip(*([_cell(cell) for cell in column.cells] for column in table.columns), strict=True)
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows)]
+    if table.caption:
+        lines += ["", _cell(table.caption)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str | None) -> Table:
+    shown = None if title is None else Text(title, style="bold")
+    return Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+
+
+def _value(score: Score, digits: int) -> Text:
+    text = number_text(score.value, digits)
+    if score.beats_constant is False:
+        return Text(text + " !", style="red")
+    return Text(text, style="bold green" if score.clearly_beats_constant else "")
+
+
+def _interval(score: Score, digits: int) -> str:
+    if not score.has_interval:
+        return "–"
+    return f"[{number_text(score.low, digits)}, {number_text(score.high, digits)}]"
+
+
+def _count(n: int | None) -> str:
+    return "–" if n is None else f"{n:,}"
+
+
+def _gap(scores: Sequence[Score | None]) -> float:
+    values = [score.value for score in scores if score is not None and math.isfinite(score.value)]
+    return max(values) - min(values) if len(values) > 1 else math.nan
+
+
+def _best(scores: Sequence[Score], digits: int) -> str | None:
+    """Text of the best value: arms that read the same are equally best. None if there is nothing to compare."""
+    known = [score for score in scores if math.isfinite(score.value)]
+    if len(known) < 2:
+        return None
+    better = max if known[0].higher_is_better else min
+    return number_text(better(score.value for score in known), digits)
+
+
+def _constants(arms: Mapping[str, Mapping[tuple[str, str], Score]], key: tuple[str, str], digits: int) -> str:
+    """The constant predictor's number; a range where arms were evaluated on different rows."""
+    texts = [number_text(scores[key].constant, digits) for scores in arms.values() if key in scores]
+    distinct = list(dict.fromkeys(text for text in texts if text != "–"))
+    return " / ".join(distinct) if distinct else "–"
+
+
+def _plain(cell: str | Text) -> Text:
+    # A plain string would be read as console markup, where a name in square brackets vanishes.
+    return cell if isinstance(cell, Text) else Text(cell)
+
+
+def _cell(cell: object) -> str:
+    text = cell if isinstance(cell, Text) else Text(str(cell))
+    plain = text.plain.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    if "bold" in str(text.style).split() and plain:
+        # Only the part that is bold in the terminal: an interval behind the value stays plain.
+        end = min((span.start for span in text.spans if "not bold" in str(span.style)), default=len(plain))
+        return f"**{plain[:end]}**{plain[end:]}"
+    return plain
