@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws one built-in face: rasterised mesh, painted skin, light, things in front, background and camera.
+
+OpenCV rasterises the mesh twice with a depth buffer, once with texture coordinates and once with normals; everything
+else is computed per visible pixel (deferred shading), so that the cost follows the number of pixels. Skin is painted
+in the texture space of the canonical face (``_atlas``): lips, brows, lash lines, beard, shading of folds, and wrinkles
+as height maps whose depth follows the action units. Edges are smoothed by drawing at twice the size.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import MappingProxyType
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from affect.data.faces.dials import ACTION_UNITS, FaceDials
+from affect.data.faces.geometry3d import (
+    EYE_CENTRE,
+    EYE_RADIUS,
+    IRIS_RADIUS,
+    PARTS,
+    PIVOT,
+    FaceModel,
+    Pose,
+    face_model,
+    project,
+    rotation,
+)
+from affect.data.faces.sample import HAIR_STYLES, OCCLUDERS, Parameters, points_of
+
+_TEXELS = 384
+_PART = {name: k for k, name in enumerate(PARTS)}
+_AU = {au: k for k, au in enumerate(ACTION_UNITS)}
+
+_SKIN = np.array(
+    [[246, 208, 186], [236, 190, 160], [222, 168, 132], [196, 138, 100], [160, 104, 72], [118, 74, 50], [82, 52, 38]],
+    np.float32,
+)
+_EYES = np.array([[66, 40, 22], [96, 62, 34], [120, 98, 52], [96, 118, 84], [92, 128, 150], [110, 146, 178]], np.float32)
+
+WRINKLES = MappingProxyType(
+    {
+        "forehead": ((1, 0.8), (2, 0.8)),
+        "glabella": ((4, 1.0), (9, 0.4)),
+        "crow": ((6, 1.0), (12, 0.25), (7, 0.2)),
+        "under_eye": ((6, 0.7), (7, 0.8), (9, 0.3)),
+        "nasolabial": ((12, 0.9), (10, 0.8), (9, 0.6), (6, 0.3), (20, 0.4)),
+        "nose": ((9, 1.0),),
+        "corner": ((14, 1.0), (12, 0.35), (15, 0.3)),
+        "marionette": ((15, 1.0), (20, 0.5), (17, 0.2)),
+        "chin": ((17, 1.0), (15, 0.3)),
+        "lip_sides": ((23, 0.8), (24, 0.8)),
+    }
+)
+"""Skin folds and how much each action unit deepens them (at full intensity)."""
+
+_CHANNELS = ("lips", "brow", "lash", "beard", "moustache", "nostril", "shade", "red", "freckles", "grain", "socket", "tone")
+
+
+class _Atlas(NamedTuple):
+    maps: np.ndarray  # (T * T, channels + blotches + 3 * wrinkles)
+    wrinkle_au: np.ndarray  # (wrinkles, 18)
+    age: np.ndarray  # (wrinkles,) depth that age adds
+    strands: np.ndarray  # (256, 256) hair
+    static: np.ndarray  # (512, 512) camera noise, unit variance
+
+
+@cache
+def _atlas() -> _Atlas:
+    """Return the painted maps of the face's texture and tiles of noise; the same in every process."""
+    model = face_model()
+    size = _TEXELS
+    place = (model.canonical_uv * size).astype(np.float64)
+    mirror = lambda row: [_mirror()[v] for v in row]  # noqa: E731
+    random = np.random.Generator(np.random.Philox(key=20240229))
+
+    def line(row: list[int] | tuple[int, ...] | np.ndarray, width: float, blur: float, both: bool = True) -> np.ndarray:
+        canvas = np.zeros((size, size), np.float32)
+        rows = [row] if isinstance(row, np.ndarray) or not both else [row, mirror(row)]
+        for r in rows:
+            corner = r if isinstance(r, np.ndarray) else place[list(r)]
+            cv2.polylines(canvas, [np.round(corner * 16).astype(np.int32)], False, 1.0, max(1, round(width * size)), cv2.LINE_AA, 4)
+        return cv2.GaussianBlur(canvas, (0, 0), blur * size)
+
+    def area(row: list[int] | tuple[int, ...], blur: float, both: bool = True) -> np.ndarray:
+        canvas = np.zeros((size, size), np.float32)
+        for r in [row, mirror(row)] if both else [row]:
+            cv2.fillPoly(canvas, [np.round(place[list(r)] * 16).astype(np.int32)], 1.0, cv2.LINE_AA, 4)
+        return cv2.GaussianBlur(canvas, (0, 0), blur * size) if blur else canvas
+
+    def spot(vertex: int, radius: tuple[float, float], offset: tuple[float, float] = (0, 0)) -> np.ndarray:
+        yy, xx = np.mgrid[:size, :size]
+        total = np.zeros((size, size), np.float32)
+        for v, s in ((vertex, 1), (_mirror()[vertex], -1)):
+            cx, cy = place[v] + np.array([offset[0] * s, offset[1]]) * size
+            total = np.maximum(total, np.exp(-0.5 * (((xx - cx) / (radius[0] * size)) ** 2 + ((yy - cy) / (radius[1] * size)) ** 2)))
+        return total.astype(np.float32)
+
+    def noise(cell: float, octaves: int = 1) -> np.ndarray:
+        total = np.zeros((size, size), np.float32)
+        for octave in range(octaves):
+            n = max(2, round(size / (cell * size) * 2**octave))
+            total += cv2.resize(random.standard_normal((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC) / 1.6**octave
+        return total / total.std()
+
+    outer = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146]
+    lips = area(outer, 0.004, both=False)
+    # Brow: distance from its middle line, in units of its usual half thickness, thinner at the tail.
+    upper, lower = [70, 63, 105, 66, 107], [46, 53, 52, 65, 55]
+    brow = np.full((size, size), 9.0, np.float32)
+    for a, b in ((upper, lower), (mirror(upper), mirror(lower))):
+        middle = 0.58 * place[a] + 0.42 * place[b]
+        dense = np.stack([np.interp(np.linspace(0, 4, 60), np.arange(5), middle[:, k]) for k in (0, 1)], 1)
+        thickness = np.interp(np.linspace(0, 1, 60), [0, 0.3, 0.75, 1.0], [0.35, 0.8, 1.1, 0.9]) * 0.018 * size
+        yy, xx = np.mgrid[:size, :size]
+        for (cx, cy), half in zip(dense, thickness, strict=True):
+            reach = int(half * 3) + 2
+            window = (slice(max(int(cy) - reach, 0), int(cy) + reach), slice(max(int(cx) - reach, 0), int(cx) + reach))
+            d = np.hypot((xx[window] - cx) * 0.8, yy[window] - cy) / half
+            brow[window] = np.minimum(brow[window], d)
+    brow = np.minimum(brow, 9) + 0.22 * noise(0.008)
+    lash = line([33, 246, 161, 160, 159, 158, 157, 173, 133], 0.010, 0.0016) + 0.45 * line([33, 7, 163, 144, 145, 153, 154, 155], 0.006, 0.0016)
+    beard = area([127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 17, 91, 61, 212, 207, 187, 147, 137], 0.016)
+    beard = np.maximum(beard, area([61, 91, 84, 17, 314, 321, 291, 335, 421, 377, 152, 148, 201, 106], 0.012, both=False))
+    beard *= 1 - cv2.dilate(lips, np.ones((3, 3)))
+    moustache = area([61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 410, 322, 391, 393, 164, 167, 165, 92, 186], 0.008, both=False)
+    moustache *= 1 - lips
+    nostril = spot(60, (0.011, 0.007), (-0.004, -0.010))
+    shade = np.zeros((size, size), np.float32)
+    for amount, patch in (
+        (0.30, line([98, 97, 2], 0.012, 0.010)),
+        (0.22, line([193, 122, 196, 236, 198], 0.020, 0.018)),
+        (0.25, line([129, 64, 98], 0.010, 0.007)),
+        (0.20, area([17, 84, 181, 194, 201, 200, 421, 418, 405, 314], 0.016, both=False)),
+        (0.30, line([61, 76], 0.012, 0.008)),
+        (0.20, line([164, 167], 0.006, 0.010)),
+        (0.28, line([246, 161, 160, 159, 158, 157, 173], 0.012, 0.008)),
+        (0.20, line([247, 30, 29, 27, 28, 56, 190], 0.006, 0.003)),
+        (0.14, line([25, 110, 24, 23, 22, 26, 112], 0.010, 0.008)),
+        (0.10, line([58, 172, 136, 150, 149, 176, 148, 152], 0.04, 0.03)),
+    ):
+        shade = np.maximum(shade, amount * patch / max(float(patch.max()), 1e-6))
+    red = np.maximum(0.9 * spot(50, (0.07, 0.06), (0.015, 0.0)), 0.8 * spot(4, (0.04, 0.04)))
+    socket = np.maximum(spot(230, (0.055, 0.022), (0, 0.0)), 0.7 * spot(221, (0.035, 0.02)))
+    fine = random.standard_normal((size, size)).astype(np.float32)
+    speck = cv2.GaussianBlur(fine, (0, 0), 1.1)
+    speck = np.clip(speck / speck.std() - 1.5, 0, 1.5) * np.clip(spot(118, (0.12, 0.07), (0.05, 0)) + spot(195, (0.05, 0.07)), 0, 1)
+    grain = cv2.GaussianBlur(fine, (0, 0), 0.8)
+    grain /= grain.std()
+    tone = noise(0.10, 3)
+    painted = dict(zip(_CHANNELS, (lips, brow, lash, beard, moustache, nostril, shade, red, speck, grain, socket, tone), strict=True))
+    blotches = np.stack([noise(0.25, 2) for _ in range(6)])
+
+    def between(rows: list[tuple[int, int, float]]) -> np.ndarray:
+        return np.array([(1 - t) * place[a] + t * place[b] for a, b, t in rows])
+
+    forehead = [np.array([place[v] for v in row]) for row in ([71, 68, 104, 69, 108, 151, 337, 299, 333, 298, 301],)]
+    brows_top = np.array([place[v] for v in [156, 70, 63, 105, 66, 107, 9, 336, 296, 334, 293, 300, 383]])
+    lines_forehead = [forehead[0][1:-1], 0.5 * (forehead[0][1:-1] + brows_top[2:-2]), 1.45 * forehead[0][2:-2] - 0.45 * brows_top[3:-3]]
+    folds = {
+        "forehead": sum(line(row, 0.005, 0.0042) for row in lines_forehead),
+        "glabella": line(between([(107, 9, 0.35), (55, 8, 0.35), (55, 8, 0.5)]), 0.006, 0.004)
+        + line(between([(336, 9, 0.35), (285, 8, 0.35), (285, 8, 0.5)]), 0.006, 0.004)
+        + 0.7 * line(between([(122, 6, 0.2), (6, 6, 0), (351, 6, 0.2)]), 0.005, 0.004),
+        "crow": line([33, 226, 143], 0.004, 0.0032) + line([130, 35, 111], 0.004, 0.0032) + line([247, 113, 156], 0.004, 0.0032),
+        "under_eye": line([35, 31, 228, 229, 230, 231, 232], 0.006, 0.0045) + 0.6 * line([33, 25, 110, 24, 23, 22, 26], 0.004, 0.003),
+        "nasolabial": line([129, 203, 206, 216, 212], 0.009, 0.0075),
+        "nose": line([193, 122, 196], 0.004, 0.0035) + line([245, 188, 174], 0.004, 0.0035) + line([8, 193], 0.004, 0.004) + line(between([(122, 6, 0.0), (6, 6, 0), (351, 6, 0.0)]), 0.004, 0.0035),
+        "corner": line([76, 61, 57, 43], 0.007, 0.006) + line([186, 57, 43], 0.006, 0.005),
+        "marionette": line([61, 43, 202, 204], 0.007, 0.006),
+        "chin": line([194, 201, 200, 421, 418], 0.008, 0.007, both=False) + np.clip(noise(0.02), 0, 2) * area([194, 201, 200, 421, 418, 262, 428, 199, 208, 32], 0.02, both=False) * 0.35,
+        "lip_sides": line([0, 37, 39, 40, 185, 61], 0.006, 0.006) + line([17, 84, 181, 91, 146, 61], 0.007, 0.006),
+    }
+    stacked = []
+    for name in WRINKLES:
+        height = folds[name] / max(float(folds[name].max()), 1e-6)
+        dy, dx = np.gradient(height * 0.011 * size)
+        stacked += [height, dx, dy]
+    maps = np.stack([*(painted[name] for name in _CHANNELS), *blotches, *stacked], -1).astype(np.float32)
+    wrinkle_au = np.zeros((len(WRINKLES), len(ACTION_UNITS)), np.float32)
+    for row, table in enumerate(WRINKLES.values()):
+        for au, amount in table:
+            wrinkle_au[row, _AU[au]] = amount
+    age = np.array([0.35, 0.3, 0.35, 0.4, 0.45, 0.05, 0.15, 0.4, 0.1, 0.1], np.float32)
+    coarse = random.standard_normal((8, 256)).astype(np.float32)
+    strands = cv2.resize(coarse, (256, 256), interpolation=cv2.INTER_CUBIC)
+    strands = cv2.GaussianBlur(strands, (0, 0), sigmaX=0.7, sigmaY=6)
+    strands = strands / strands.std() + cv2.resize(random.standard_normal((4, 40)).astype(np.float32), (256, 256), interpolation=cv2.INTER_CUBIC)
+    return _Atlas(
+        np.ascontiguousarray(maps.reshape(size * size, -1)),
+        wrinkle_au,
+        age,
+        np.ascontiguousarray(strands / strands.std(), np.float32),
+        random.standard_normal((512, 512)).astype(np.float32),
+    )
+
+
+@cache
+def _mirror() -> dict[int, int]:
+    positions = face_model().canonical
+    distance = ((positions[:, None] * [-1, 1, 1] - positions[None]) ** 2).sum(2)
+    return {k: int(v) for k, v in enumerate(distance.argmin(1))}
+
+
+# ------------------------------------------------------------------------------------------------------ shape
+
+
+class _Shape(NamedTuple):
+    camera: np.ndarray  # (V, 3) camera coordinates, viewer at z = distance
+    occlusion: np.ndarray  # (V,)
+    triangles: np.ndarray  # (T, 3)
+
+
+@cache
+def _hair_limits() -> tuple[np.ndarray, np.ndarray]:
+    """Return the direction away from the skull of each vertex of the cap ``(432, 3)`` and its ring ``(432,)``."""
+    model = face_model()
+    hair = model.rest[model.spans["hair"]]
+    away = hair - np.array([0, 2.0, -2.5], np.float32)
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    return away.astype(np.float32), np.repeat(np.arange(len(hair) // 36), 36)
+
+
+@cache
+def _triangles(cap: bool, curtain: bool) -> np.ndarray:
+    model = face_model()
+    first = model.triangles[:, 0]
+    keep = np.ones(len(first), bool)
+    for name, shown in (("hair", cap), ("curtain", curtain)):
+        span = model.spans[name]
+        if not shown:
+            keep &= ~((first >= span.start) & (first < span.stop))
+    return np.ascontiguousarray(model.triangles[keep])
+
+
+def _shape(row: Parameters, model: FaceModel) -> _Shape:
+    flat = row["coefficient"] @ model.basis.reshape(len(model.basis), -1)
+    vertices = model.rest + flat.reshape(-1, 3)
+    style = HAIR_STYLES[int(row["hair_style"])]
+    away, ring = _hair_limits()
+    span = model.spans["hair"]
+    rest = model.rest[span]
+    volume = float(row["hair_volume"])
+    if style != "bald":
+        low = {"short": -2.2, "medium": -6.5, "long": -8.0, "bun": -3.0}[style]
+        thick = {"short": 0.45 + 1.0 * volume, "medium": 0.9 + 1.2 * volume, "long": 0.8 + 1.0 * volume, "bun": 0.4 + 0.5 * volume}[style]
+        # In front of the ears hair starts at the temples, behind them at the nape.
+        front = np.clip((rest[:, 2] + 3.4) / 2.5, 0, 1)
+        edge = low + (5.6 - 1.4 * float(row["hairline"]) - low) * front
+        grow = np.clip((rest[:, 1] - edge) / 1.6 + 0.25, -0.6, 1)
+        top = 0.75 + 0.45 * np.clip(rest[:, 1] / 9, 0, 1)
+        start = np.clip((ring - 0.9 - 1.2 * (1 - float(row["hairline"]))) / 1.6, -0.5, 1)
+        wave = 1 + 0.12 * float(row["hair_wave"]) * np.sin(rest[:, 0] * 1.7 + rest[:, 1] * 1.1 + 6 * volume)
+        vertices[span] += away * (thick * np.minimum(grow, start) * top * wave)[:, None].astype(np.float32)
+    curtain = style == "long"
+    if curtain:
+        spread = 0.92 + 0.16 * volume
+        vertices[model.spans["curtain"]] *= np.array([spread, 1, 1], np.float32)
+    for name, sign in (("ear_right", -1), ("ear_left", 1)):
+        ear = vertices[model.spans[name]]
+        ear[:, 0] += sign * (np.abs(ear[:, 0]) - 7.3) * (float(row["ear_out"]) - 0.4) * 0.8
+
+    # Eyes turn about their centres.
+    turn = rotation(*(np.array([row[key]]) for key in ("gaze_pitch", "gaze_yaw")), np.zeros(1))[0].astype(np.float32)
+    occlusion = model.occlusion.copy()
+    for index, sign, lid in ((model.eyes[0], 1, 159), (model.eyes[1], -1, 386)):
+        centre = (EYE_CENTRE * [sign, 1, 1]).astype(np.float32)
+        moved = vertices[index] - model.rest[index]
+        turned = (model.rest[index] - centre) @ turn.T + centre
+        # The cornea stands out a little.
+        vertices[index] = turned + moved
+        below = vertices[lid, 1] - vertices[index, 1]
+        occlusion[index] = 0.42 + 0.58 * np.clip(below / 0.42, 0, 1)
+
+    head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
+    body = rotation(*(0.25 * np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
+    centred = vertices - PIVOT.astype(np.float32)
+    camera = centred @ head.T
+    loose = np.flatnonzero(model.rigid < 1)
+    camera[loose] += (1 - model.rigid[loose])[:, None] * (centred[loose] @ body.T - camera[loose])
+    return _Shape(camera, occlusion, _triangles(style != "bald", curtain))
+
+
+# ------------------------------------------------------------------------------------------------------ shading
+
+
+def _rasterise(shape: _Shape, model: FaceModel, row: Parameters, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return texture coordinates and occlusion ``(S, S, 3)``, normals ``(S, S, 3)`` and the mask ``(S, S)``."""
+    distance = float(row["distance"])
+    points = shape.camera.copy()
+    points[:, 2] -= distance
+    # A principal point off the middle is a shear along the depth.
+    span = 22.0 / (float(row["zoom"]) * distance)
+    points[:, 0] -= points[:, 2] * span * float(row["shift_x"])
+    points[:, 1] += points[:, 2] * span * float(row["shift_y"])
+    a, b, c = (shape.camera[shape.triangles[:, k]] for k in range(3))
+    flat = np.cross(b - a, c - a)
+    normal = np.zeros_like(shape.camera)
+    for k in range(3):
+        for axis in range(3):
+            normal[:, axis] += np.bincount(shape.triangles[:, k], flat[:, axis], len(normal))
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+    first = np.concatenate([model.texture, shape.occlusion[:, None]], 1)
+    field = 2 * np.arctan(span / 2)
+    out = []
+    for colours in (first, normal * 0.5 + 0.5):
+        canvas, depth = np.full((size, size, 3), -1, np.float32), np.full((size, size), 1000, np.float32)
+        cv2.triangleRasterize(points, shape.triangles, np.ascontiguousarray(colours, np.float32), canvas, depth, np.eye(4, dtype=np.float32), field, 1.0, 1000.0)
+        out.append(canvas)
+    return out[0], out[1] * 2 - 1, depth < 999
+
+
+def _palette(table: np.ndarray, place: float) -> np.ndarray:
+    x = place * (len(table) - 1)
+    k = min(int(x), len(table) - 2)
+    return (table[k] + (x - k) * (table[k + 1] - table[k])) / 255
+
+
+def _colours(row: Parameters) -> dict[str, np.ndarray]:
+    skin = _palette(_SKIN, float(row["skin"]))
+    skin = skin * np.array([1 + 0.03 * (row["skin_red"] - 0.5), 1, 1 - 0.08 * (row["skin_red"] - 0.5)], np.float32)
+    dark = float(row["hair_dark"])
+    blond, brown, black = np.array([0.80, 0.62, 0.38]), np.array([0.36, 0.22, 0.13]), np.array([0.07, 0.055, 0.05])
+    hair = blond + (brown - blond) * min(dark * 2, 1) if dark < 0.5 else brown + (black - brown) * (dark * 2 - 1)
+    hair = hair * np.array([1 + 0.25 * (row["hair_red"] > 0.8), 1, 1])
+    grey = float(row["hair_grey"])
+    hair = hair * (1 - grey) + np.array([0.66, 0.65, 0.64]) * grey
+    hue, saturation, value = row["cloth"][0], 0.15 + 0.6 * row["cloth"][1], 0.15 + 0.7 * row["cloth"][2]
+    return {"skin": skin.astype(np.float32), "hair": hair.astype(np.float32), "cloth": _hsv(hue, saturation, value)}
+
+
+def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
+    channel = np.clip(np.abs((np.array([0, 4, 2]) + float(hue) * 6) % 6 - 3) - 1, 0, 1)
+    return (float(value) * (1 - float(saturation) * (1 - channel))).astype(np.float32)
+
+
+def _soft(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    t = np.clip((x - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def _paint_face(uv: np.ndarray, normal: np.ndarray, row: Parameters, colours: dict[str, np.ndarray], head: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return albedo ``(P, 3)``, normals, ambient share ``(P,)`` and gloss ``(P,)`` of pixels on the painted face."""
+    atlas = _atlas()
+    column = np.clip((uv[:, 0] * _TEXELS).astype(np.int32), 0, _TEXELS - 1)
+    line = np.clip((uv[:, 1] * _TEXELS).astype(np.int32), 0, _TEXELS - 1)
+    texel = atlas.maps[line * _TEXELS + column]
+    value = {name: texel[:, k] for k, name in enumerate(_CHANNELS)}
+    blotch = texel[:, len(_CHANNELS) : len(_CHANNELS) + 6] @ row["blotches"].astype(np.float32)
+    level = row["intensity"].astype(np.float32) / 5
+    age = float(row["age"])
+    depth = 0.9 * np.minimum(atlas.wrinkle_au @ level, 1.3) * (0.75 + 0.5 * age) + atlas.age * max(age - 0.35, 0) * 1.2
+    folds = texel[:, len(_CHANNELS) + 6 :].reshape(len(texel), -1, 3)
+    fold = np.einsum("pwk,w->pk", folds, depth.astype(np.float32))
+    bump = np.stack([fold[:, 1], -fold[:, 2], 0.0 * fold[:, 1]], 1)
+    normal = normal + bump @ head.T
+    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-6)
+
+    albedo = np.repeat(colours["skin"][None], len(uv), 0)
+    albedo *= (1 + 0.035 * blotch + 0.016 * value["tone"] + 0.02 * value["grain"] * (0.6 + 0.6 * age))[:, None]
+    blush = value["red"] * (0.25 + 0.5 * float(row["skin_red"]))
+    albedo *= 1 - blush[:, None] * np.array([0.02, 0.16, 0.14], np.float32)
+    albedo *= 1 - value["socket"][:, None] * np.array([0.10, 0.13, 0.10], np.float32) * (0.5 + age)
+    albedo *= 1 - (float(row["freckles"]) * value["freckles"])[:, None] * np.array([0.16, 0.26, 0.32], np.float32)
+    tint = np.array([0.94, 0.60, 0.58], np.float32) * (1 - 0.22 * float(row["lips_red"]) * np.array([0, 1, 1], np.float32))
+    lip = colours["skin"] * tint * (0.96 - 0.1 * float(row["lips_red"]))
+    amount = value["lips"][:, None] * (0.75 + 0.2 * float(row["lips_red"]))
+    albedo += amount * (lip * (1 + 0.05 * value["grain"])[:, None] - albedo)
+    hair = colours["hair"] * 0.75
+    if row["beard"] > 0:
+        kind = int(row["beard_kind"])
+        area = (value["moustache"] if kind == 0 else np.maximum(value["moustache"], value["beard"]) if kind == 1 else np.maximum(0.6 * value["moustache"], 0.75 * value["beard"]))
+        amount = np.clip(area * float(row["beard"]) * (0.9 + 0.3 * value["grain"]) * (0.95 if kind < 2 else 0.55), 0, 0.95)
+        albedo += amount[:, None] * (hair - albedo)
+    thick = 0.75 + 0.5 * float(row["brow_thick"])
+    amount = 0.88 * _soft(-value["brow"], -thick - 0.35, -thick + 0.45)
+    brow = hair * 0.8 + 0.06 * colours["skin"]
+    albedo += amount[:, None] * (brow - albedo)
+    albedo *= (1 - 0.86 * np.clip(value["lash"], 0, 1))[:, None]
+    albedo *= (1 - 0.88 * np.clip(value["nostril"], 0, 1))[:, None] ** np.array([0.85, 1, 1], np.float32)
+    ambient = (1 - value["shade"]) * (1 - 0.42 * np.clip(fold[:, 0], 0, 1.3))
+    gloss = (0.10 + 0.16 * float(row["oily"])) * (1 + 0.8 * value["red"]) + 0.22 * value["lips"]
+    return albedo, normal, ambient, gloss * (1 - 0.8 * amount)
+
+
+def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
+    angle = uv[:, 1] * 90
+    iris_angle = float(np.degrees(np.arcsin(IRIS_RADIUS / EYE_RADIUS)))
+    r = angle / iris_angle
+    iris = _palette(_EYES, float(row["eye_colour"]))
+    spokes = 0.85 + 0.15 * np.sin(uv[:, 0] * 2 * np.pi * 23) * np.sin(uv[:, 0] * 2 * np.pi * 7 + 1)
+    ring = np.clip((r - 0.40) / 0.25, 0, 1)
+    coloured = iris[None] * (spokes * (1.25 - 0.35 * ring))[:, None]
+    coloured *= (1 - 0.65 * _soft(r, 0.80, 1.0))[:, None]
+    coloured *= _soft(r, 0.36, 0.46)[:, None] * 0.96 + 0.04
+    white = np.array([0.90, 0.87, 0.85], np.float32) - _soft(r, 1.6, 2.7)[:, None] * np.array([0.10, 0.24, 0.24], np.float32)
+    return (coloured + _soft(r, 0.95, 1.08)[:, None] * (white - coloured)).astype(np.float32)
+
+
+def _shade(first: np.ndarray, normals: np.ndarray, mask: np.ndarray, row: Parameters, head: np.ndarray) -> np.ndarray:
+    """Return the lit colours of the pixels in ``mask``, ``(P, 3)`` in [0, 1] (square-rooted, near sRGB)."""
+    atlas, colours = _atlas(), _colours(row)
+    place = np.flatnonzero(mask.ravel())
+    data, normal = first.reshape(-1, 3)[place], normals.reshape(-1, 3)[place]
+    scaled = data[:, 0] * len(PARTS)
+    part = np.clip(scaled.astype(np.int32), 0, len(PARTS) - 1)
+    uv = np.stack([np.clip((scaled - part - 0.01) / 0.98, 0, 1), data[:, 1]], 1)
+    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-6)
+    count = len(place)
+    albedo, ambient = np.empty((count, 3), np.float32), data[:, 2].copy()
+    gloss = np.zeros(count, np.float32)
+    sharp = np.full(count, 18.0, np.float32)
+
+    on = {name: np.flatnonzero(part == k) for name, k in _PART.items()}
+    k = on["face"]
+    albedo[k], normal[k], light, gloss[k] = _paint_face(uv[k], normal[k], row, colours, head)
+    ambient[k] *= light
+    k = on["skin"]
+    albedo[k] = colours["skin"] * np.array([1, 0.985, 0.98], np.float32)
+    gloss[k] = 0.06
+    k = on["hair"]
+    across = (uv[k, 0] * 255 * (1 + 0.0)).astype(np.int32)
+    along = (uv[k, 1] * 255 + 8 * float(row["hair_wave"]) * np.sin(uv[k, 0] * 30)).astype(np.int32) % 256
+    strand = atlas.strands[along, across]
+    albedo[k] = colours["hair"] * np.clip(1 + 0.22 * strand, 0.4, 1.7)[:, None]
+    gloss[k] = np.clip(0.20 + 0.16 * strand, 0, 0.6) * (0.4 + colours["hair"].mean())
+    sharp[k] = 14
+    k = on["eye"]
+    albedo[k] = _paint_eye(uv[k], row)
+    gloss[k] = 0.85
+    sharp[k] = 110
+    k = on["teeth"]
+    gap = 0.82 + 0.18 * np.minimum(np.abs(np.sin(uv[k, 0] * np.pi * 9)) * 4, 1)
+    albedo[k] = np.array([0.93, 0.90, 0.83], np.float32) * gap[:, None]
+    gum = _soft(0.22 - uv[k, 1], -0.05, 0.05)[:, None]
+    albedo[k] += gum * (np.array([0.72, 0.38, 0.38], np.float32) - albedo[k])
+    gloss[k] = 0.25
+    k = on["mouth"]
+    albedo[k] = np.array([0.62, 0.26, 0.25], np.float32)
+    k = on["cloth"]
+    fabric = 1 + 0.12 * np.sin(uv[k, 0] * 2 * np.pi * 40) * (row["cloth"][3] > 0.5)
+    albedo[k] = colours["cloth"] * fabric[:, None].astype(np.float32)
+
+    azimuth, elevation = np.radians(float(row["light_azimuth"])), np.radians(float(row["light_elevation"]))
+    key = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)], np.float32)
+    warm = 1 + float(row["light_warm"]) * np.array([0.10, 0.0, -0.12], np.float32)
+    facing = normal @ key
+    wrap = np.array([0.42, 0.26, 0.20], np.float32)  # skin scatters red light farther into the shadow
+    lit = np.clip((facing[:, None] + wrap) / (1 + wrap), 0, None)
+    lit *= (0.35 + 0.65 * ambient)[:, None]
+    sky = (0.72 + 0.28 * normal[:, 1]) * ambient * float(row["light_fill"])
+    light = float(row["light_key"]) * lit * warm + sky[:, None]
+    half = key + np.array([0, 0, 1], np.float32)
+    half /= np.linalg.norm(half)
+    shine = np.clip(normal @ half, 0, 1) ** sharp * gloss * (0.3 + 0.7 * ambient) * float(row["light_key"])
+    linear = (albedo**2) * light + 0.55 * shine[:, None] * warm
+    return np.sqrt(np.clip(linear * float(row["exposure"]), 0, 1))
+
+
+# ------------------------------------------------------------------------------------- in front and behind
+
+
+def _background(row: Parameters, size: int) -> np.ndarray:
+    draw = row["background_draw"]
+    hue, kind = float(row["background_hue"]), int(row["background"])
+    first = _hsv(hue, 0.25 + 0.5 * draw[0], 0.35 + 0.5 * draw[1])
+    if kind == 0:
+        return np.broadcast_to(first, (size, size, 3)).astype(np.float32)
+    second = _hsv((hue + 0.08 * (draw[2] - 0.5)) % 1, 0.2 + 0.5 * draw[3], 0.15 + 0.7 * draw[4])
+    ramp = np.linspace(0, 1, size, dtype=np.float32)
+    if kind == 1:
+        angle = draw[5] * 2 * np.pi
+        blend = 0.5 + 0.5 * (np.cos(angle) * (2 * ramp[None] - 1) + np.sin(angle) * (2 * ramp[:, None] - 1))
+    elif kind == 2:
+        tile = _atlas().static
+        x, y = int(draw[6] * 500), int(draw[7] * 500)
+        cells = 5 + int(draw[5] * 5)
+        blend = cv2.resize(tile[y : y + cells, x : x + cells], (size, size), interpolation=cv2.INTER_CUBIC) * 0.35 + 0.5
+    else:
+        angle, count = draw[5] * np.pi, 3 + 8 * draw[6]
+        phase = count * 2 * np.pi * (np.cos(angle) * ramp[None] + np.sin(angle) * ramp[:, None])
+        blend = 0.5 + 0.5 * np.tanh(2.5 * np.sin(phase + 6 * draw[7]))
+        if draw[8] > 0.5:
+            blend *= 0.5 + 0.5 * np.tanh(2.5 * np.sin(count * 2 * np.pi * (np.cos(angle) * ramp[:, None] - np.sin(angle) * ramp[None])))
+    return first + np.clip(blend, 0, 1)[:, :, None] * (second - first)
+
+
+def _pixels(places: np.ndarray, row: Parameters, size: int) -> np.ndarray:
+    pose = Pose(*(np.array([row[name]]) for name in Pose._fields))
+    return project(places[None].astype(np.float32), pose, size)[0]
+
+
+def _fixed(points: np.ndarray) -> np.ndarray:
+    return np.round(points * 16).astype(np.int32)
+
+
+def _draw_glasses(image: np.ndarray, cover: np.ndarray, row: Parameters, vertices: np.ndarray, size: int) -> None:
+    """Draw glasses into ``image`` and ``cover``: rims before the eyes, a bridge and the visible temple."""
+    shape = float(row["glasses_shape"])
+    power = 2.0 + 2.5 * (shape % 0.5) * 2
+    turn = np.linspace(0, 2 * np.pi, 40)
+    width = max(1, round(size * (0.007 + 0.008 * ((shape * 7) % 1))))
+    frame = tuple(float(v) for v in _hsv((shape * 13) % 1, 0.5 * ((shape * 5) % 1), 0.08 + 0.35 * ((shape * 3) % 1) ** 2))
+    rims, dark = [], row["glasses"] > 1
+    for sign, corner in ((-1, (33, 133)), (1, (263, 362))):
+        middle = vertices[list(corner)].mean(0) + [sign * 0.1, -0.25, 1.35]
+        x = np.sign(np.cos(turn)) * np.abs(np.cos(turn)) ** (2 / power) * 2.45
+        y = np.sign(np.sin(turn)) * np.abs(np.sin(turn)) ** (2 / power) * (1.65 + 0.35 * shape)
+        rims.append(middle + np.stack([x, y, -0.05 * x * x - 0.14 * sign * x], 1))
+    for rim in rims:
+        pixels = _fixed(_pixels(rim, row, size))
+        glass = np.zeros((size, size), np.float32)
+        cv2.fillPoly(glass, [pixels], 0.88 if dark else 0.10, cv2.LINE_AA, 4)
+        tint = np.array([0.07, 0.07, 0.08] if dark else [0.85, 0.9, 0.95], np.float32)
+        image += glass[:, :, None] * (tint - image)
+        np.maximum(cover, glass, out=cover) if dark else None
+    lines = [*rims, np.stack([rims[0][0] + (rims[1][20] - rims[0][0]) * t + [0, 0.35, 0.5 * np.sin(np.pi * t)] for t in np.linspace(0, 1, 7)])]
+    yaw = float(row["yaw"])
+    for sign, rim, edge in ((-1, rims[0], 20), (1, rims[1], 0)):
+        if sign * yaw < 12:
+            hinge = rim[edge] + [0, 0.5, 0]
+            lines.append(np.stack([hinge, [sign * 7.75, hinge[1] + 0.1, 0.5], [sign * 7.9, hinge[1] - 0.1, -2.6]]))
+    stroke = np.zeros((size, size), np.float32)
+    for points in lines:
+        cv2.polylines(stroke, [_fixed(_pixels(points, row, size))], False, 1.0, width, cv2.LINE_AA, 4)
+    image += stroke[:, :, None] * (np.array(frame, np.float32) - image)
+    np.maximum(cover, stroke, out=cover)
+
+
+def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points: np.ndarray, size: int) -> None:
+    """Draw what stands before the face; ``points`` are its 68 points in pixels of ``image``."""
+    kind, draw = OCCLUDERS[int(row["occluder"])], row["occluder_draw"]
+    layer = np.zeros((size, size), np.float32)
+    light = np.linspace(1.08, 0.8, size, dtype=np.float32)[:, None]
+    centre = points.mean(0)
+    if kind == "object":
+        angle = draw[0] * 2 * np.pi
+        middle = centre + np.array([np.cos(angle), np.sin(angle) * 0.9]) * size * 0.27
+        box = (tuple(map(float, middle)), (float(size * (0.18 + 0.2 * draw[1])), float(size * (0.3 + 0.2 * draw[2]))), float(draw[3] * 180))
+        cv2.fillConvexPoly(layer, _fixed(cv2.boxPoints(box)), 1.0, cv2.LINE_AA, 4)
+        colour = _hsv(draw[4], 0.3 + 0.6 * draw[5], 0.2 + 0.7 * draw[6])
+    elif kind == "hand":
+        colour = _colours(row)["skin"] * 0.93
+        left = draw[0] < 0.5
+        base = np.array([centre[0] + (-0.34 if left else 0.34) * size, size * 1.05])
+        tip = points[[3, 13][0 if not left else 0]] if left else points[13]
+        for finger in range(4):
+            end = tip + np.array([(finger - 1.5) * 0.058 * size * (1 if left else -1), -size * (0.05 + 0.05 * np.sin(finger + 0.4))])
+            knuckle = base + 0.55 * (end - base) + np.array([(finger - 1.5) * 0.03 * size * (1 if left else -1), 0])
+            for a, b, w in ((base, knuckle, 0.095), (knuckle, end, 0.058)):
+                cv2.line(layer, tuple(_fixed(a)), tuple(_fixed(b)), 1.0, max(1, int(w * size)), cv2.LINE_AA, 4)
+        edge = cv2.GaussianBlur(layer, (0, 0), size * 0.012)
+        colour = colour[None, None] * (0.35 + 0.65 * np.clip(edge * 1.4 - 0.25, 0, 1) ** 0.7)[:, :, None]
+    elif kind == "mask":
+        outline = np.concatenate([points[2:15], points[[28]] + (points[[29]] - points[[28]]) * 0.6])
+        cv2.fillPoly(layer, [_fixed(outline)], 1.0, cv2.LINE_AA, 4)
+        colour = (np.array([[0.62, 0.78, 0.86], [0.93, 0.93, 0.92], [0.12, 0.12, 0.13]], np.float32))[min(int(draw[0] * 3), 2)]
+        folds = 0.9 + 0.1 * np.sin(np.arange(size) / size * 2 * np.pi * 22)
+        light = light * folds[:, None].astype(np.float32)
+    else:
+        colour = _colours(row)["hair"]
+        top = points[19] if draw[0] < 0.5 else points[24]
+        for k in range(6):
+            start = top + np.array([(k - 3) * 0.02, -0.2]) * size
+            end = points[36 if draw[0] < 0.5 else 45] + np.array([(k - 3) * 0.022 + 0.05 * (draw[1] - 0.5), 0.02 + 0.1 * draw[2]]) * size
+            bend = 0.5 * (start + end) + np.array([0.05 * (draw[3] - 0.5) * size, 0])
+            t = np.linspace(0, 1, 12)[:, None]
+            cv2.polylines(layer, [_fixed((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end)], False, 0.95, max(1, round(0.011 * size)), cv2.LINE_AA, 4)
+    shadow = cv2.GaussianBlur(layer, (0, 0), size * 0.02)
+    image *= (1 - 0.35 * np.roll(shadow, round(size * 0.012), 0))[:, :, None]
+    image += layer[:, :, None] * (colour * light[:, :, None] * float(row["exposure"]) - image)
+    np.maximum(cover, layer, out=cover)
+
+
+def render(row: Parameters, dials: FaceDials) -> np.ndarray:
+    """Return the picture of one sampled row, RGB uint8 ``(S, S, 3)``.
+
+    Args:
+        row: One row of ``sample.sample``: the same keys, each value without its first axis.
+        dials: The dials of the set (its ``image_size``).
+    """
+    threads = cv2.getNumThreads()
+    model, size = face_model(), dials.image_size
+    large = 2 * size
+    shape = _shape(row, model)
+    head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
+    first, normals, mask = _rasterise(shape, model, row, large)
+    image = np.zeros((large, large, 3), np.float32)
+    image[mask] = _shade(first, normals, mask, row, head)
+    cover = mask.astype(np.float32)
+    if row["glasses"] > 0:
+        flat = row["coefficient"] @ _corner_basis()
+        corners = {v: flat.reshape(4, 3)[k] + model.rest[v] for k, v in enumerate(_CORNERS)}
+        vertices = np.zeros((468, 3), np.float32)
+        for v, place in corners.items():
+            vertices[v] = place
+        _draw_glasses(image, cover, row, vertices, large)
+    if row["occluder"] > 0:
+        batch = {key: np.asarray(row[key])[None] for key in ("index", "coefficient", "gaze_pitch", "gaze_yaw", *Pose._fields)}
+        _draw_occluder(image, cover, row, points_of(batch, large)["68"][0], large)
+    image *= cover[:, :, None]
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    alpha = cv2.resize(cover, (size, size), interpolation=cv2.INTER_AREA)[:, :, None]
+    image += (1 - alpha) * _background(row, size) * float(row["exposure"])
+    blur = float(row["blur"]) * size
+    if blur > 0.25:
+        image = cv2.GaussianBlur(image, (0, 0), blur)
+    image *= 255
+    if row["noise"] > 0:
+        tile = _atlas().static
+        x, y = int(row["noise_key"] * 511), int(row["noise_key"] * 511 * 511) % 511
+        grain = np.take(np.take(tile, np.arange(y, y + size) % 512, 0), np.arange(x, x + size) % 512, 1)
+        image += (float(row["noise"]) * grain)[:, :, None]
+    del threads
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+_CORNERS = (33, 133, 263, 362)
+
+
+@cache
+def _corner_basis() -> np.ndarray:
+    basis = face_model().basis[:, list(_CORNERS)]
+    return np.ascontiguousarray(basis.reshape(len(basis), -1))
