@@ -6,8 +6,9 @@ A record is a JSON-friendly mapping, one number of one result file::
     {"name": "f1/AU12", "value": 0.61, "low": 0.55, "high": 0.66, "constant": 0.42, "n": 812,
      "higher_is_better": true, "subgroup": null, "task": "au"}
 
-``name`` is ``<metric>`` or ``<metric>/<output>``. Null (or NaN) means that the number does not exist, e.g. an output
-without labels. ``subgroup`` is null for all rows together.
+``affect.metrics.evaluate`` makes them, and ``task`` is added where several tasks share a file. ``name`` is ``<metric>``,
+``<metric>/<output>`` or ``<metric>/<parameter>`` (``fr/10``). Null (or NaN) means that the number does not exist, e.g. an
+output without labels. ``subgroup`` is null for all rows together; ``reason`` says why there is no interval.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from affect.errors import DataError, near
+from affect.labels import AU_NAMES
 
 Record = Mapping[str, object]
 """One number of a result file; the module's docstring lists the keys."""
@@ -42,6 +44,7 @@ class Score:
         n: Number of samples (or groups) behind it, None if the record does not say.
         higher_is_better: Direction of the metric.
         subgroup: Readable name of the subgroup, empty for all rows together.
+        reason: Why there is no interval, empty if there is one or if the record does not say.
     """
 
     task: str
@@ -54,6 +57,7 @@ class Score:
     n: int | None = None
     higher_is_better: bool = True
     subgroup: str = ""
+    reason: str = ""
 
     @property
     def name(self) -> str:
@@ -62,8 +66,13 @@ class Score:
 
     @property
     def is_summary(self) -> bool:
-        """Whether the number stands for the whole task and not for one output."""
-        return not self.output or self.output in SUMMARIES
+        """Whether the number stands for the whole task: not for one output, and not a mere count."""
+        return not self.is_count and (not self.output or self.output in SUMMARIES or _is_parameter(self.output))
+
+    @property
+    def is_count(self) -> bool:
+        """Whether the number counts something, e.g. skipped images, and so is neither good nor bad."""
+        return self.reason == "a count"
 
     @property
     def has_interval(self) -> bool:
@@ -109,6 +118,7 @@ def read_score(record: Record) -> Score:
         n=None if math.isnan(count) else int(count),
         higher_is_better=record.get("higher_is_better") is not False,
         subgroup=subgroup_name(record.get("subgroup")),
+        reason=str(record.get("reason") or ""),
     )
 
 
@@ -191,6 +201,17 @@ def readable_metric(metric: str) -> str:
     return " ".join(word.upper() if word.lower() in _ACRONYMS else word for word in words)
 
 
+def facs_name(output: str) -> str | None:
+    """Return the FACS name of an output that is an action unit, None for any other output.
+
+    Example:
+        >>> facs_name("AU12"), facs_name("happiness")
+        ('lip corner puller', None)
+    """
+    number = output[2:]
+    return AU_NAMES.get(int(number)) if output.startswith("AU") and number.isdecimal() else None
+
+
 def number_text(value: float, digits: int = 3) -> str:
     """Return a number for a table: an en dash if it does not exist, a true minus sign if it is negative.
 
@@ -203,6 +224,11 @@ def number_text(value: float, digits: int = 3) -> str:
     text = f"{value:.{digits}f}"
     # A number that rounds to zero has no sign.
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def _is_parameter(output: str) -> bool:
+    """Whether the last part of a name is a number, as the threshold in ``fr/10``."""
+    return output.replace(".", "", 1).isdecimal()
 
 
 def _number(record: Record, name: str, key: str) -> float:

@@ -52,10 +52,12 @@ def results_table(records: Sequence[Record], title: str | None = None, *, digits
             if len(tasks) > 1:
                 cells.insert(0, task if index == 0 else "")
             table.add_row(*map(_plain, cells), end_section=index == len(rows) - 1)
+    notes = [
+        f"no interval: {reason}" for reason in dict.fromkeys(score.reason for score in scores) if reason in _TELLING
+    ]
     if any(score.beats_constant is False for score in scores):
-        table.caption = "! not better than the best constant predictor"
-        table.caption_justify = "left"
-    return table
+        notes.insert(0, "! not better than the best constant predictor")
+    return _noted(table, notes if scores else ["no results"])
 
 
 def subgroup_table(
@@ -104,7 +106,7 @@ def subgroup_table(
         table.add_section()
         gaps = [_gap([cells.get((group, *key)) for group in groups]) for key in keys]
         table.add_row(Text("largest gap", style="italic"), "", *(number_text(gap, digits) for gap in gaps))
-    return table
+    return _noted(table, [] if groups else ["no subgroups; group_by=<column> makes them"])
 
 
 def comparison_table(
@@ -150,7 +152,7 @@ def comparison_table(
         table.add_row(Text(arm), *cells, end_section=index == len(read) - 1)
     if keys:
         table.add_row(Text("best constant", style="italic"), *(Text(_constants(read, key, digits)) for key in keys))
-    return table
+    return _noted(table, [] if keys else ["nothing to compare"])
 
 
 def markdown_table(records: Sequence[Record], *, digits: int = 3) -> str:
@@ -169,12 +171,24 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+_TELLING = {"no groups", "only one group", "no resamples"}
+"""Reasons for missing intervals that concern the whole evaluation and that its reader can change."""
+
+
+def _noted(table: Table, notes: Sequence[str]) -> Table:
+    table.caption = Text("; ".join(notes)) if notes else None
+    table.caption_justify = "left"
+    return table
+
+
 def _table(title: str | None) -> Table:
     shown = None if title is None else Text(title, style="bold")
     return Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
 
 
 def _value(score: Score, digits: int) -> Text:
+    if score.is_count and math.isfinite(score.value):
+        return Text(f"{score.value:,.0f}")
     text = number_text(score.value, digits)
     if score.beats_constant is False:
         return Text(text + " !", style="red")

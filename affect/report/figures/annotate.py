@@ -17,11 +17,14 @@ from PIL import Image, ImageDraw
 
 from affect.errors import DataError
 from affect.report.figures import style
+from affect.report.records import facs_name
 
 _PANEL, _TRACK, _RULE = (250, 250, 250), (224, 224, 224), (200, 200, 200)
 _SHIFT = 4
 _SMALLEST_SIDE = 384
 _SMALLEST_TEXT = 11
+_PANEL_WIDTH = 17.0
+"""Width of a panel's column in units of its text size."""
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -110,7 +113,7 @@ def annotate_faces(image: np.ndarray, faces: Sequence[FaceNote], *, top: int = 6
 
     cards = [_card_rows(face, top) for face in faces] or [[_Line("no face found")]]
     size = _text_size(height, width, cards)
-    panel_width = min(round(15.5 * size), max(width * 3, 15 * _SMALLEST_TEXT))
+    panel_width = min(round(_PANEL_WIDTH * size), max(width * 3, _PANEL_WIDTH * _SMALLEST_TEXT))
     numbered = len(faces) > 1
     columns = _flow([_card_height(rows, size, numbered) for rows in cards], height)
     full = (max([height, *(column[-1][2] for column in columns)]), width + panel_width * len(columns))
@@ -182,12 +185,16 @@ def _card_rows(face: FaceNote, top: int) -> list[_Row]:
     rows: list[_Row] = []
     if face.expression is not None:
         name, probability = face.expression
-        rows.append(_Line(name, f"{probability * 100:.0f} %" if math.isfinite(probability) else "", bold=True))
+        right = f"{probability * 100:.0f} %" if math.isfinite(probability) else ""
+        rows.append(_Line(name, right, bold=True, height=1.8))
     known = {name: float(value) for name, value in face.bars.items() if math.isfinite(value)}
     if not face.bar_limit > 0:
         raise DataError(f"annotation: bar_limit {face.bar_limit}; give the value of a full bar, e.g. 1 or 5")
     largest = sorted(known, key=lambda name: -known[name])[:top]
-    rows += [_Bar(name, known[name], float(np.clip(known[name] / face.bar_limit, 0, 1))) for name in largest]
+    for name in largest:
+        meaning = facs_name(name)
+        share = float(np.clip(known[name] / face.bar_limit, 0, 1))
+        rows.append(_Bar(name if meaning is None else f"{name} {meaning}", known[name], share))
     if face.affect is not None and all(math.isfinite(value) for value in face.affect):
         rows.append(_Circle(float(face.affect[0]), float(face.affect[1])))
     rows += [_Line(part) for line in face.lines for part in str(line).splitlines() or [""]]
@@ -205,7 +212,7 @@ def _text_size(height: int, width: int, cards: Sequence[Sequence[_Row]]) -> int:
     while size > _SMALLEST_TEXT:
         columns = _flow([_card_height(rows, size, numbered) for rows in cards], height)
         lowest = max(column[-1][2] for column in columns)
-        if lowest <= height and len(columns) * 15.5 * size <= max(0.75 * width, 0.6 * height):
+        if lowest <= height and len(columns) * _PANEL_WIDTH * size <= max(0.75 * width, 0.6 * height):
             break
         size -= 1
     return size
@@ -237,18 +244,27 @@ def _draw_face(picture: np.ndarray, face: FaceNote, factor: int) -> None:
     box = _scaled_box(face, factor)
     if box is not None:
         extent = max(float((box[2:] - box[:2]).max()), 8.0)
-        stroke = max(1, round(extent / 130))
+        stroke = max(2, round(extent / 130))
         corners = np.clip(box, 0, [width - 1, height - 1, width - 1, height - 1])
-        for colour, thickness in (((30, 30, 30), stroke + max(2, stroke)), (_BOX, stroke)):
+        for colour, thickness in (((30, 30, 30), stroke + max(2, stroke // 2)), (_BOX, stroke)):
             cv2.rectangle(picture, _fixed(corners[:2]), _fixed(corners[2:]), colour, thickness, cv2.LINE_AA, _SHIFT)
     if points is not None and len(points):
-        radius = float(np.clip(extent / 95, 1.0, None)) * (0.6 if len(points) > 150 else 1.0)
-        radius = max(radius, 0.8)
-        # A point far outside would overflow the fixed-point coordinates of OpenCV.
+        radius = max(extent / 95 * (0.6 if len(points) > 150 else 1.0), 0.8 if len(points) > 150 else 1.3)
         near = ((points > -radius) & (points < [width + radius, height + radius])).all(1)
-        for x, y in points[near]:
-            for colour, reach in (((20, 20, 20), radius + max(0.7, radius * 0.35)), (_POINT, radius)):
-                cv2.circle(picture, _fixed((x, y)), round(reach * 2**_SHIFT), colour, -1, cv2.LINE_AA, _SHIFT)
+        for point in points[near]:
+            _draw_dot(picture, point, radius + max(0.7, radius * 0.35), (20, 20, 20))
+            _draw_dot(picture, point, radius, _POINT)
+
+
+def _draw_dot(picture: np.ndarray, point: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
+    """Blend a disc into the picture by its coverage of each pixel: OpenCV's smallest circles are diamonds."""
+    height, width = picture.shape[:2]
+    x0, y0 = np.clip(np.floor(point - radius - 1).astype(int), 0, [width, height])
+    x1, y1 = np.clip(np.ceil(point + radius + 2).astype(int), 0, [width, height])
+    distance = np.hypot(np.arange(x0, x1)[None] - point[0], np.arange(y0, y1)[:, None] - point[1])
+    cover = np.clip(radius + 0.5 - distance, 0, 1)[..., None]
+    patch = picture[y0:y1, x0:x1]
+    patch[...] = np.rint(patch * (1 - cover) + np.array(colour) * cover)
 
 
 def _scaled_box(face: FaceNote, factor: int) -> np.ndarray | None:
@@ -275,8 +291,8 @@ def _draw_card(
         y += 1.6 * size
     for row in rows:
         if isinstance(row, _Line):
-            room = 3.2 * size if row.right else 0
             letters = round(size * 1.15) if row.bold else size
+            room = style.font(letters, bold=row.bold).getlength(row.right) + 1
             texts.append(_Placed(row.left, x, y + 1.1 * size, inner - room, letters, bold=row.bold))
             if row.right:
                 texts.append(_Placed(row.right, x + inner, y + 1.1 * size, room, letters, anchor="rs", bold=row.bold))
@@ -313,7 +329,7 @@ def _draw_circle(canvas: np.ndarray, row: _Circle, x: float, y: float, width: fl
     # Labels may lie in the square's corners; the dot stays within it.
     dot = (cx + radius * np.clip(row.valence, -1, 1), cy - radius * np.clip(row.arousal, -1, 1))
     reach = max(0.36 * size, 2.5)
-    cv2.circle(canvas, _fixed(dot), round(reach * 2**_SHIFT), _DOT, -1, cv2.LINE_AA, _SHIFT)
+    _draw_dot(canvas, np.array(dot), reach, _DOT)
     small = max(round(size * 0.9), _SMALLEST_TEXT - 1)
     beside = x + 2 * radius + 0.9 * size
     room = x + width - beside

@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from affect.errors import DataError
 from affect.report.figures import style
@@ -74,11 +76,12 @@ def training_curves(
 
     across = min(3, len(shown))
     down = math.ceil(len(shown) / across)
-    figure = style.new_figure(style.WIDTH, 0.9 + 1.75 * down)
+    width = style.WIDTH if across > 1 else 0.6 * style.WIDTH
+    figure = style.new_figure(width, 0.9 + (1.75 if across > 1 else 2.4) * down)
     axes_grid = figure.subplots(down, across, sharex=True, squeeze=False)
     axes_list: list[Axes] = list(axes_grid.ravel())
     for axes, panel in zip(axes_list, shown, strict=False):
-        _draw_panel(axes, panel, panels[panel], style.WIDTH / across - 0.5)
+        _draw_panel(axes, panel, panels[panel], width / across - 0.5)
         if best is not None:
             axes.axvline(best, color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, gid="best")
     for index, axes in enumerate(axes_list):
@@ -89,9 +92,13 @@ def training_curves(
             axes.tick_params(labelbottom=True)
     if monitor is not None and best is not None and curves[monitor].panel in shown:
         _mark_best(axes_list[shown.index(curves[monitor].panel)], curves[monitor], best)
+    steps = np.concatenate([curve.steps for curve in curves.values()])
+    if steps.min() == steps.max():
+        # The default around a single step is a fraction of it, with meaningless ticks.
+        axes_list[0].set_xlim(steps[0] - 1, steps[0] + 1)
     axes_list[0].xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
 
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], color=_PART_COLOURS[part], linewidth=1.6, label=part)
         for part in _PART_COLOURS
         if part and any(curve.part == part for curve in curves.values())
@@ -102,12 +109,8 @@ def training_curves(
         handles.append(
             Line2D([], [], color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=f"kept: {unit} {best:g}")
         )
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=style.SMALL_SIZE
-        )
     left_out = len(order) - len(shown)
-    style.heading(figure, title, f"{left_out} more curves are left out." if left_out else None)
+    style.heading(figure, title, f"{left_out} more panels are left out." if left_out else None, handles)
     return figure
 
 
@@ -155,24 +158,24 @@ def reliability_diagram(
     style.tidy(lower, grid="y")
     upper.plot([0, 1], [0, 1], color=style.MUTED, linewidth=0.9, linestyle=(0, (4, 3)), gid="ideal")
     upper.vlines(predicted, low, high, color=style.PREDICTED, linewidth=1.2, alpha=0.6)
-    upper.plot(predicted, observed, color=style.PREDICTED, linewidth=1.4, marker="o", markersize=4.5, gid="reliability")
+    upper.plot(
+        predicted,
+        observed,
+        color=style.PREDICTED,
+        linewidth=1.4,
+        marker="o",
+        markersize=4.5,
+        clip_on=False,
+        gid="reliability",
+    )
     upper.set(xlim=(0, 1), ylim=(0, 1))
     upper.set_ylabel("observed frequency", fontsize=style.TEXT_SIZE, color=style.INK)
-    upper.text(
-        0.03,
-        0.97,
-        f"expected calibration error {number_text(error)}\nn = {p.size:,}",
-        transform=upper.transAxes,
-        va="top",
-        fontsize=style.TEXT_SIZE,
-        color=style.INK,
-    )
     edges = np.linspace(0, 1, bins + 1)
     lower.bar(edges[:-1], count / count.sum() * 100, width=1 / bins, align="edge", color=style.SKY, edgecolor="white")
     lower.set_ylabel("cells, %", fontsize=style.TEXT_SIZE, color=style.INK)
     lower.set_xlabel("predicted probability", fontsize=style.TEXT_SIZE, color=style.INK)
     figure.align_ylabels([upper, lower])
-    style.heading(figure, title)
+    style.heading(figure, title, f"Expected calibration error {number_text(error)}, n = {p.size:,}.")
     return figure
 
 
@@ -307,6 +310,7 @@ def _mark_best(axes: Axes, curve: _Curve, best: float) -> None:
         fontsize=style.SMALL_SIZE,
         fontweight="bold",
         color=style.VERMILLION,
+        path_effects=[withStroke(linewidth=2.5, foreground=style.PAPER)],
         zorder=6,
     )
 

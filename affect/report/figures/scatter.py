@@ -12,6 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
 
 from affect.errors import DataError
 from affect.report.figures import style
@@ -41,6 +42,8 @@ Social Psychology 39(6). They orient a reader and take no part in any number.
 
 _DENSE = 1500
 _CONNECTED = 60
+_ACROSS, _UP = (-1.4, 1.4), (-1.16, 1.16)
+_HALO = [withStroke(linewidth=2.0, foreground=style.PAPER)]
 
 
 def circumplex(
@@ -66,17 +69,16 @@ def circumplex(
         DataError: If shapes differ.
     """
     predicted, true = np.asarray(values, float).reshape(-1, 2), np.asarray(targets, float).reshape(-1, 2)
-    valid: np.ndarray = np.ones(len(predicted), bool)
-    if mask is not None:
-        valid = np.asarray(mask, bool).reshape(len(mask), -1).all(1)
+    valid: np.ndarray = np.ones((len(predicted), 1), bool) if mask is None else np.asarray(mask, bool)
+    valid = valid.reshape(len(valid), -1)
     if len({len(predicted), len(true), len(valid)}) > 1:
         raise DataError(f"circumplex: {len(predicted)} predictions, {len(true)} targets and {len(valid)} masks")
-    valid = valid & np.isfinite(np.concatenate([predicted, true], 1)).all(1)
-    predicted, true = predicted[valid], true[valid]
+    labelled = np.concatenate([valid, np.isfinite(predicted), np.isfinite(true)], 1).all(1)
+    predicted, true = predicted[labelled], true[labelled]
     if len(true) == 0:
         return style.empty_figure(title, "no sample has valence and arousal")
 
-    figure = style.new_figure(style.WIDTH, 4.6)
+    figure = style.new_figure(style.WIDTH, 4.15)
     left, right = figure.subplots(1, 2)
     for axes, name in ((left, "true"), (right, "predicted")):
         _draw_circle(axes, name)
@@ -107,7 +109,7 @@ def coefficient_scatter(
     mask: np.ndarray | None = None,
     *,
     records: Sequence[Record] = (),
-    limit: int = 24,
+    limit: int = 25,
     target_name: str = "teacher",
     title: str | None = "Prediction against teacher",
 ) -> Figure:
@@ -147,10 +149,12 @@ def coefficient_scatter(
     margin = 0.04 * (high - low)
 
     scores = {score.name: score.value for score in overall(read_scores(records))}
-    across = min(6, max(2, math.ceil(math.sqrt(len(shown) * 1.6)))) if len(shown) > 1 else 1
+    across = len(shown) if len(shown) <= 3 else min(5, math.ceil(math.sqrt(len(shown) * 1.6)))
     down = math.ceil(len(shown) / across)
-    panel = min(style.WIDTH / across, 3.2)
-    figure = style.new_figure(panel * across if across > 2 else 3.6 * across, 0.9 + (panel + 0.1) * down)
+    width = style.WIDTH if across > 2 else 0.3 + 3.2 * across
+    panel = (width - 0.45) / across
+    # Panels are square: what the axis labels take in width is roughly what the titles take in height.
+    figure = style.new_figure(width, (0.85 if title else 0.6) + (panel + (0.05 if across > 3 else -0.05)) * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for index, axes in enumerate(grid.ravel()):
         axes.set_visible(index < len(shown))
@@ -174,7 +178,7 @@ def coefficient_scatter(
         axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
         axes.locator_params(nbins=3)
         axes.set_title(
-            style.fit(names[k], panel - 0.3, style.SMALL_SIZE),
+            style.fit(names[k], panel - 0.05, style.SMALL_SIZE),
             fontsize=style.SMALL_SIZE,
             color=style.INK,
             pad=3,
@@ -210,7 +214,7 @@ def _numbers(records: Sequence[Record], axis: str) -> list[str]:
 
 
 def _draw_circle(axes: Axes, name: str) -> None:
-    axes.set(xlim=(-1.38, 1.38), ylim=(-1.25, 1.25), aspect="equal")
+    axes.set(xlim=_ACROSS, ylim=_UP, aspect="equal")
     axes.set_axis_off()
     axes.add_patch(Circle((0, 0), 1.0, facecolor="none", edgecolor=style.MUTED, linewidth=1.0, zorder=2))
     axes.add_patch(Circle((0, 0), 0.5, facecolor="none", edgecolor=style.GRID, linewidth=0.8, zorder=1))
@@ -229,11 +233,31 @@ def _draw_circle(axes: Axes, name: str) -> None:
             va="bottom" if y > 0.5 else "top" if y < -0.5 else "center",
             fontsize=style.SMALL_SIZE,
             color=style.MUTED,
+            path_effects=_HALO,
             zorder=5,
         )
-    axes.text(0.98, 0.03, "valence", ha="right", va="bottom", fontsize=style.SMALL_SIZE, color=style.INK, zorder=6)
     axes.text(
-        -0.03, 0.97, "arousal", ha="right", va="top", rotation=90, fontsize=style.SMALL_SIZE, color=style.INK, zorder=6
+        0.98,
+        0.03,
+        "valence",
+        ha="right",
+        va="bottom",
+        fontsize=style.SMALL_SIZE,
+        color=style.INK,
+        zorder=6,
+        path_effects=_HALO,
+    )
+    axes.text(
+        -0.03,
+        0.97,
+        "arousal",
+        ha="right",
+        va="top",
+        rotation=90,
+        fontsize=style.SMALL_SIZE,
+        color=style.INK,
+        zorder=6,
+        path_effects=_HALO,
     )
     axes.set_title(name, fontsize=style.TEXT_SIZE + 1, fontweight="bold", color=style.INK)
 
@@ -256,7 +280,7 @@ def _draw_density(figure: Figure, panels: Sequence[Axes], clouds: Sequence[np.nd
     norm = LogNorm(1, max(top, 2.0))
     for cells, axes in zip(drawn, panels, strict=True):
         cells.set_norm(norm)
-        axes.set(xlim=(-1.38, 1.38), ylim=(-1.25, 1.25))
+        axes.set(xlim=_ACROSS, ylim=_UP)
     bar = figure.colorbar(drawn[0], ax=list(panels), fraction=0.02, pad=0.01, shrink=0.6)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(labelsize=style.SMALL_SIZE, color=style.MUTED, labelcolor=style.INK)

@@ -4,22 +4,22 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from affect.errors import DataError
-from affect.labels import AU_NAMES
 from affect.report.figures import style
 from affect.report.records import (
     Record,
     Score,
+    facs_name,
     number_text,
     overall,
     read_arms,
@@ -31,6 +31,8 @@ from affect.report.records import (
 _BAR = 0.62
 _ROW = 0.25
 _LABEL_WIDTH = 2.6
+_PERCENT, _COUNTS = 0.3, 0.55
+"""Smallest cells of a confusion matrix, in inches, that hold a percentage, and a count below it."""
 
 
 def au_bars(
@@ -66,7 +68,7 @@ def au_bars(
     ordered = [*single, *summaries]
     positions = np.array([i + (0.5 if i >= len(single) and single else 0.0) for i in range(len(ordered))])
 
-    figure = style.new_figure(style.WIDTH, 1.35 + _ROW * (positions[-1] + 1))
+    figure = style.new_figure(style.WIDTH, 1.1 + _ROW * (positions[-1] + 1))
     axes = style.tidy(figure.add_subplot(), grid="x")
     _draw_bars(axes, ordered, positions, figure.get_figwidth())
     axes.set_yticks(
@@ -76,8 +78,7 @@ def au_bars(
         tick.set_parse_math(False)
         tick.set_fontweight("bold" if score.is_summary else "normal")
     axes.set_xlabel(name, fontsize=style.TEXT_SIZE, color=style.INK)
-    _bar_legend(figure, ordered)
-    style.heading(figure, heading)
+    style.heading(figure, heading, handles=_bar_legend(ordered))
     return figure
 
 
@@ -132,8 +133,8 @@ def ladder_bars(
         axes.set_yticks(positions, [style.fit(arm, _LABEL_WIDTH, style.TEXT_SIZE) for arm in read])
         for tick in axes.get_yticklabels():
             tick.set_parse_math(False)
-    _bar_legend(figure, [score for scores in read.values() for key, score in scores.items() if key in keys])
-    style.heading(figure, title, "↑ higher is better, ↓ lower is better.")
+    drawn = [score for scores in read.values() for key, score in scores.items() if key in keys]
+    style.heading(figure, title, "↑ higher is better, ↓ lower is better.", handles=_bar_legend(drawn))
     return figure
 
 
@@ -190,17 +191,20 @@ def confusion_matrix(matrix: np.ndarray, classes: Sequence[str], *, title: str |
     axes.set_ylabel("true (number of samples)", fontsize=style.TEXT_SIZE, color=style.INK)
     _write_cells(axes, share, counts, cell)
     known = total.sum()
-    accuracy = f"accuracy {np.trace(counts) / known * 100:.1f} % of {known:,.0f}; " if known > 0 else ""
+    accuracy = f"Accuracy {np.trace(counts) / known * 100:.1f} % of {known:,.0f}; " if known > 0 else ""
     recalls = np.diagonal(share)[total[:, 0] > 0]
     mean = f"mean class accuracy {recalls.mean() * 100:.1f} %" if recalls.size else "no samples"
-    style.heading(figure, title, accuracy + mean)
+    cells = (
+        "Cells in % of the true class" + (" and in counts. " if cell >= _COUNTS else ". ") if cell >= _PERCENT else ""
+    )
+    style.heading(figure, title, f"{cells}{accuracy}{mean}.")
     return figure
 
 
 def _write_cells(axes: Axes, share: np.ndarray, counts: np.ndarray, cell: float) -> None:
-    if cell < 0.3:
+    if cell < _PERCENT:
         return
-    with_counts = cell >= 0.55
+    with_counts = cell >= _COUNTS
     size = style.TEXT_SIZE if cell >= 0.5 else style.SMALL_SIZE - 0.5
     colours = colormaps[style.DENSITY]
     for (i, j), value in np.ndenumerate(share):
@@ -227,9 +231,7 @@ def _write_cells(axes: Axes, share: np.ndarray, counts: np.ndarray, cell: float)
         )
         if with_counts:
             number = f"{counts[i, j]:,.0f}" if counts[i, j] < 100_000 else f"{counts[i, j]:.2g}"
-            axes.text(
-                j, i + 0.22, number, ha="center", va="center", fontsize=style.SMALL_SIZE - 1, color=ink, alpha=0.8
-            )
+            axes.text(j, i + 0.22, number, ha="center", va="center", fontsize=style.SMALL_SIZE, color=ink, alpha=0.8)
 
 
 def _draw_bars(
@@ -244,7 +246,7 @@ def _draw_bars(
     top = 1.0 if bounded else (high + 0.05 * (high - low) or 1.0)
     bottom = 0.0 if low >= 0 else low - 0.05 * (top - low)
     known = np.isfinite(values)
-    colours = [style.ORANGE if score.beats_constant is False else style.BLUE for score in scores]
+    colours = [style.POOR_SCORE if score.beats_constant is False else style.SCORE for score in scores]
     axes.barh(positions[known], values[known], height=_BAR, color=[c for c, k in zip(colours, known, strict=True) if k])
     axes.set_xlim(bottom, top)
     axes.set_ylim(positions[-1] + 0.6, positions[0] - 0.6)
@@ -263,8 +265,9 @@ def _draw_bars(
             axes.plot(
                 [score.constant] * 2,
                 [position - 0.42, position + 0.42],
-                color=style.VERMILLION,
+                color=style.CONSTANT,
                 linewidth=2.0,
+                clip_on=False,
                 solid_capstyle="butt",
                 gid=f"constant {score.name}",
             )
@@ -287,31 +290,19 @@ def _draw_bars(
 _RATIOS = {"f1", "precision", "recall", "accuracy", "auc", "ccc", "pcc", "sagr", "icc"}
 
 
-def _bar_legend(figure: Figure, scores: Sequence[Score]) -> None:
-    handles: list[Patch | Line2D] = [Patch(color=style.BLUE, label="value")]
+def _bar_legend(scores: Sequence[Score]) -> list[Artist]:
+    handles: list[Artist] = [Patch(color=style.SCORE, label="value")]
     if any(score.beats_constant is False for score in scores):
-        handles.append(Patch(color=style.ORANGE, label="value, not better than the constant"))
+        handles.append(Patch(color=style.POOR_SCORE, label="value, not better than the constant"))
     if any(score.has_interval for score in scores):
         handles.append(Line2D([], [], color=style.INK, linewidth=1.3, label="95 % interval"))
     if any(math.isfinite(score.constant) for score in scores):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=style.VERMILLION,
-                marker="|",
-                markersize=9,
-                markeredgewidth=2,
-                linestyle="",
-                label="best constant predictor",
-            )
-        )
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=len(handles), frameon=False, fontsize=style.SMALL_SIZE
-    )
+        mark = {"marker": "|", "markersize": 9, "markeredgewidth": 2, "linestyle": ""}
+        handles.append(Line2D([], [], color=style.CONSTANT, label="best constant predictor", **mark))  # type: ignore[arg-type]
+    return handles
 
 
 def _label(output: str, several: bool, task: str) -> str:
-    number = re.fullmatch(r"AU(\d+)", output)
-    text = f"{AU_NAMES[int(number[1])]}  {output}" if number and int(number[1]) in AU_NAMES else output
+    name = facs_name(output)
+    text = output if name is None else f"{name}  {output}"
     return style.fit(f"{task} · {text}" if several and task else text, _LABEL_WIDTH, style.TEXT_SIZE)

@@ -276,7 +276,7 @@ def _draw_points(axes: Axes, cell: _Cell, points: np.ndarray, colour: str, gid: 
     # Points outside the crop would lie on a neighbour.
     inside = (placed >= [cell.x, cell.y]).all(1) & (placed <= [cell.x + cell.width, cell.y + cell.height]).all(1)
     placed = placed[inside]
-    diameter = float(np.clip(2.2 * cell.width * 10 / math.sqrt(max(len(placed), 1)) / 8, 1.2, 4.5))
+    diameter = float(np.clip(cell.width * 72 * 0.16 / math.sqrt(max(len(placed), 1)), 1.3, 4.5))
     axes.scatter(
         placed[:, 0],
         placed[:, 1],
@@ -310,7 +310,7 @@ def _compare(
     for name, said in predicted.items():
         true = target.get(name)
         if isinstance(said, str):
-            lines.append(_compare_names(said, true, width))
+            lines += _compare_names(said, true, width)
         elif _is_number(said):
             lines.append(_compare_numbers(name, float(said), true, tolerance, width))  # type: ignore[arg-type]
     if flags:
@@ -318,17 +318,17 @@ def _compare(
     return lines
 
 
-def _compare_names(said: str, true: Answer, width: float) -> _Text:
+def _compare_names(said: str, true: Answer, width: float) -> list[_Text]:
     if true is None:
-        return _Text(style.fit(said, width * 0.8, style.SMALL_SIZE), "–")
+        return [_Text(style.fit(said, width * 0.8, style.SMALL_SIZE), "–")]
     wrong = said != str(true)
-    left = f"{'✗' if wrong else '✓'} {said}"
-    half = width / 2 - 0.02
-    # The shorter name leaves its room to the longer one.
-    room = max(half, width - style.text_width(str(true), style.SMALL_SIZE) - 0.06)
-    left = style.fit(left, room, style.SMALL_SIZE)
-    right = style.fit(str(true), width - style.text_width(left, style.SMALL_SIZE) - 0.06, style.SMALL_SIZE)
-    return _Text(left, right, style.WRONG if wrong else style.INK)
+    colour = style.WRONG if wrong else style.INK
+    left, right = f"{'✗' if wrong else '✓'} {said}", str(true)
+    if style.text_width(left, style.SMALL_SIZE) + style.text_width(right, style.SMALL_SIZE) + 0.06 <= width:
+        return [_Text(left, right, colour)]
+    # Names too long for one line stand on two, rather than both cut short.
+    left, right = (style.fit(name, width, style.SMALL_SIZE) for name in (left, right))
+    return [_Text(left, left_colour=colour), _Text("", right)]
 
 
 def _compare_numbers(name: str, said: float, true: Answer, tolerance: float | None, width: float) -> _Text:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -41,8 +42,11 @@ PURPLE, SKY, YELLOW, BLACK = "#cc79a7", "#56b4e9", "#f0e442", "#000000"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, YELLOW, BLACK)
 """Colours that stay apart under every common colour-vision deficiency (Okabe and Ito, 2008)."""
 
-PREDICTED, TRUE, WRONG, CONSTANT = BLUE, ORANGE, VERMILLION, INK
+PREDICTED, TRUE, WRONG, CONSTANT = BLUE, ORANGE, VERMILLION, VERMILLION
 """What the colours mean, the same in every figure."""
+
+SCORE, POOR_SCORE = SKY, "#bdbdbd"
+"""Bars, light enough for an interval on top: a score, and one that does not beat the best constant predictor."""
 
 DENSITY = "Blues"
 """Colour map of counts and proportions: one hue, light to dark, so that it also prints in grey."""
@@ -62,6 +66,9 @@ def new_figure(width: float = WIDTH, height: float = 4.0, *, layout: str | None 
     """
     figure = Figure(figsize=(width, height), facecolor=PAPER, layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.08, h_pad=0.05)  # type: ignore[call-arg]
     return figure
 
 
@@ -83,30 +90,56 @@ def tidy(axes: Axes, *, grid: str | None = "both", size: float = SMALL_SIZE) -> 
     return axes
 
 
-def heading(figure: Figure, title: str | None, note: str | None = None) -> None:
+def heading(
+    figure: Figure, title: str | None, note: str | None = None, handles: Sequence[Artist] | None = None
+) -> None:
     """Write a title above and a note below a figure with constrained layout, both flush left and wrapped to its width.
 
     Args:
         figure: Figure to write on.
         title: What the figure shows.
         note: What a reader has to know to read it.
+        handles: Labelled artists of a legend, which stands in one line between title and data.
     """
     width = figure.get_figwidth() - 0.2
-    if title:
+    lines = wrap(title, width, TITLE_SIZE, bold=True) if title else []
+    if lines or handles:
+        # The title keeps a free line for the legend: legends "outside" the axes would be drawn over a title.
         text = figure.suptitle(
-            "\n".join(wrap(title, width, TITLE_SIZE, bold=True)),
-            x=0.01,
+            "\n".join([*lines, " "] if handles else lines),
+            x=0.1 / figure.get_figwidth(),
             ha="left",
             fontsize=TITLE_SIZE,
             fontweight="bold",
             color=INK,
+            linespacing=1.25,
         )
         text.set_parse_math(False)
-    if note:
-        label = figure.supxlabel(
-            "\n".join(wrap(note, width, SMALL_SIZE)), x=0.01, ha="left", fontsize=SMALL_SIZE, color=MUTED
+    if handles:
+        below = 0.06 + len(lines) * TITLE_SIZE * 1.25 / _INCH_TO_POINTS
+        legend = figure.legend(
+            handles=list(handles),
+            loc="upper left",
+            bbox_to_anchor=(0.07 / figure.get_figwidth(), 1 - below / figure.get_figheight()),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=SMALL_SIZE,
+            borderaxespad=0.0,
+            borderpad=0.3,
+            columnspacing=1.4,
+            handlelength=1.6,
         )
-        label.set_parse_math(False)
+        for label in legend.get_texts():
+            label.set_parse_math(False)
+    if note:
+        below_text = figure.supxlabel(
+            "\n".join(wrap(note, width, SMALL_SIZE)),
+            x=0.1 / figure.get_figwidth(),
+            ha="left",
+            fontsize=SMALL_SIZE,
+            color=MUTED,
+        )
+        below_text.set_parse_math(False)
 
 
 def empty_figure(title: str | None, message: str) -> Figure:
