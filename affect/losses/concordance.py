@@ -29,9 +29,9 @@ def concordance(output: Tensor, target: Tensor, mask: Tensor, epsilon: float = 1
         >>> concordance(-label, label, torch.ones(2, 1, dtype=torch.bool), epsilon=1e-12)
         tensor([2.])
     """
-    if mask.ndim != 2 or output.ndim != 2:
-        raise DataError(f"concordance: output has shape {tuple(output.shape)}; it takes (B, K), for points use Wing")
     x, y = prepare(output, target, mask)
+    if x.ndim != 2:
+        raise DataError(f"concordance: output has shape {tuple(x.shape)}; it takes (B, K), for points use Wing")
     number = mask.sum(0)
     divisor = number.clamp(min=1)
     mean_x, mean_y = x.sum(0) / divisor, y.sum(0) / divisor
