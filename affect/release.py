@@ -175,6 +175,23 @@ def check_config(node: Any, trust: Sequence[str], where: str, path: str = "") ->
         raise CheckpointError(f"{where}: {path} holds a {type(node).__name__}; only plain values are allowed")
 
 
+def check_targets(node: Any, trust: Sequence[str], where: str, path: str = "") -> None:  # noqa: ANN401
+    """Refuse a node of a stored config in which a ``_target_`` lies outside the packages in ``trust``.
+
+    Raises:
+        CheckpointError: With the place of the first one.
+    """
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        place = f"{path}.{key}" if path else str(key)
+        if key == "_target_":
+            if not any(str(value).startswith(f"{package}.") for package in trust):
+                package = str(value).split(".")[0]
+                raise CheckpointError(f"{where}: {place}={value}: not trusted; if you trust its code, trust=[{package}]")
+        else:
+            check_targets(value, trust, where, place)
+
+
 def _check_target(target: Any, trust: Sequence[str], place: str) -> None:  # noqa: ANN401
     if not isinstance(target, str) or "." not in target:
         raise CheckpointError(f"{place}={target!r} names no class")

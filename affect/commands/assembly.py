@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from affect.data.datamodule import FaceDataModule
-from affect.data.images import FileImages
+from affect.data.images import FileImages, Source
 from affect.data.protocol import Protocol
-from affect.data.source import Source
+from affect.data.sampling import Sampling
 from affect.data.transforms import FaceTransform
 from affect.errors import AffectError, ConfigError
 from affect.geometry import CropRecipe
@@ -88,7 +88,9 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     """
     if not config.get("task"):
         raise ConfigError("no task: choose at least one, e.g. task=[au,expression]")
-    return {str(name): make(node, f"task.{name}") for name, node in config.task.items() if node}
+    # An experiment may hold settings of a task that the command line then leaves out; they name no class.
+    selected = {name: node for name, node in config.task.items() if node and "_target_" in node}
+    return {str(name): make(node, f"task.{name}") for name, node in selected.items()}
 
 
 def bound_config(config: DictConfig, tasks: Mapping[str, Task]) -> DictConfig:
@@ -111,13 +113,10 @@ def build_datamodule(
     schemes: tuple[str, ...] = (),
 ) -> FaceDataModule:
     """Return the data module of a run, set up: tasks bound, labels checked, parts assigned, statistics taken."""
-    protocol = Protocol(**{k: v for k, v in OmegaConf.to_container(config.protocol, resolve=True).items()})
+    protocol = Protocol(**OmegaConf.to_container(config.protocol, resolve=True))
     train = OmegaConf.to_container(config.transform.train, resolve=True) if config.get("transform") else None
-    augment = [make(node, "transform.train.augment") for node in config.transform.train.augment] if train else []
     plain = FaceTransform(size=image_size)
-    transform = plain
-    if train is not None:
-        transform = FaceTransform(size=image_size, **{**train, "augment": augment})
+    transform = FaceTransform(size=image_size, **train) if train is not None else plain
     return FaceDataModule(
         sources=sources,
         tasks=tasks,
@@ -126,8 +125,7 @@ def build_datamodule(
         eval_transform=plain,
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
-        sampling=config.data.get("sampling", "uniform"),
-        sampling_key=config.data.get("sampling_key"),
+        sampling=Sampling(**OmegaConf.to_container(config.data.get("sampling") or OmegaConf.create({}))),
         schemes=schemes,
         seed=config.get("seed", 0),
         limit=config.data.get("limit"),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from affect.errors import AffectError, ConfigError, near
 
 if TYPE_CHECKING:
+    from hydra._internal.config_repository import ConfigRepository
     from hydra._internal.hydra import Hydra
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
@@ -233,7 +234,7 @@ def require_complete(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     # A mere look at the values: an interpolation of a missing key cannot be given, and need not resolve here.
-    missing = [key for key, value in _leaves(OmegaConf.to_container(config, resolve=False)) if value == "???"]
+    missing = [key for key, value in leaves(OmegaConf.to_container(config, resolve=False)) if value == "???"]
     if missing:
         further = f" (and {', '.join(missing[1:])})" if missing[1:] else ""
         raise ConfigError(f"missing {missing[0]}{further}; write {_EXAMPLES.get(missing[0], missing[0] + '=…')}")
@@ -244,7 +245,11 @@ def require_complete(config: DictConfig) -> None:
 
 def is_group(hydra: Hydra, name: str) -> bool:
     """Return whether the search path has a folder ``name`` of options."""
-    return bool(name) and hydra.config_loader.repository.group_exists(name)  # type: ignore[attr-defined]
+    return bool(name) and _repository(hydra).group_exists(name)
+
+
+def _repository(hydra: Hydra) -> ConfigRepository:
+    return hydra.config_loader.repository  # type: ignore[attr-defined]
 
 
 def group_options(hydra: Hydra, group: str) -> list[str]:
@@ -265,7 +270,8 @@ def command_groups(hydra: Hydra, command: str, overrides: Sequence[str] = ()) ->
 
     loader = hydra.config_loader
     defaults = loader.compute_defaults_list(command, list(overrides), run_mode=RunMode.MULTIRUN)  # type: ignore[attr-defined]
-    own = loader.repository.load_config(command).defaults_list  # type: ignore[attr-defined]
+    primary = _repository(hydra).load_config(command)
+    own = primary.defaults_list if primary is not None and primary.defaults_list is not None else []
     # Hydra keeps no record of groups of which several options are chosen: they are read from the command's own list.
     groups = {}
     for item in own:
@@ -322,7 +328,7 @@ def explain_composition(error: Exception, hydra: Hydra, command: str, overrides:
     if isinstance(error, OverrideParseException):
         return _explain_override(error)
     if isinstance(error, MissingConfigException):
-        return _explain_missing_config(error, hydra, command)
+        return _explain_missing_config(error, hydra, command, overrides)
     for cause in _causes(error):
         if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
             mark = cause.problem_mark
@@ -374,11 +380,12 @@ def _explain_override(error: Exception) -> str:
     return f"cannot read the value of {override!r}; quote a value with special characters: \"{key}='{escaped}'\""
 
 
-def _explain_missing_config(error: Exception, hydra: Hydra, command: str) -> str:
+def _explain_missing_config(error: Exception, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:
     path = str(error.missing_cfg_file or command)  # type: ignore[attr-defined]
-    text = one_line(error)
-    inside = re.match(r"In '([^']+)': ", text)
-    named = f" (named in {inside[1]}.yaml)" if inside and inside[1] not in (command, "hydra/config") else ""
+    inside = re.match(r"In '([^']+)': ", one_line(error))
+    parent = inside[1] if inside and inside[1] not in (command, "hydra/config") else None
+    parent = parent or _overridden_in(path, hydra, overrides)
+    named = f" (named in {parent}.yaml)" if parent else ""
     group, _, option = path.rpartition("/")
     while group and not is_group(hydra, group):
         folder, _, last = group.rpartition("/")
@@ -392,6 +399,22 @@ def _explain_missing_config(error: Exception, hydra: Hydra, command: str) -> str
     extra = " (more of them: pip install 'affect[cluster]')" if group in ("hydra/launcher", "hydra/sweeper") else ""
     options = [name for name in group_options(hydra, group) if name != option]
     return f"{group} has no option {option!r}{named}; {near(option, options)}{extra}"
+
+
+def _overridden_in(path: str, hydra: Hydra, overrides: Sequence[str]) -> str | None:
+    """Return the file, among those that the command line chooses, whose defaults list chooses ``path``."""
+    from hydra.core.default_element import GroupDefault
+
+    repository = _repository(hydra)
+    for override in overrides:
+        name = f"{_key(override)}/{override.partition('=')[2]}"
+        loaded = repository.load_config(name) if repository.config_exists(name) else None
+        for item in (loaded.defaults_list or []) if loaded is not None else []:
+            if isinstance(item, GroupDefault):
+                chosen = [f"{item.group}/{option}".lstrip("/") for option in _chosen(item.value)]
+                if path in chosen:
+                    return name
+    return None
 
 
 def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:
@@ -414,7 +437,7 @@ def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequen
         return f"{known} is a value without keys below it, so {key} cannot be set"
     where = f"{known} has no key {wrong!r}" if known else f"there is no key {wrong!r}"
     options = [*(name for name in node if name != "hydra"), *groups] if not known else list(node)
-    elsewhere = [full for full, _ in _leaves(config) if full.rpartition(".")[2] == parts[-1]]
+    elsewhere = [full for full, _ in leaves(config) if full.rpartition(".")[2] == parts[-1]]
     if elsewhere and not known:
         hint = f"did you mean {' or '.join(elsewhere[:3])}?"
     elif options:
@@ -456,11 +479,11 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Give the dotted key and the value of each leaf; lists are leaves."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from affect.data.datamodule import FaceDataModule
-from affect.data.source import Source
+from affect.data.images import Source
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, near
 from affect.geometry import invert, transform_points

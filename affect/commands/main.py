@@ -346,10 +346,8 @@ def _yaml(config: DictConfig) -> str:
 
 
 def _sweep(hydra: Hydra, command: Command, line: Line, config: DictConfig, modules: tuple[str, ...]) -> int:
-    from omegaconf import OmegaConf
-
     overrides = [*line.overrides, "hydra.mode=MULTIRUN"]
-    if OmegaConf.is_missing(config.hydra.sweep, "dir"):
+    if not config.hydra.sweep.dir:
         overrides.append(f"hydra.sweep.dir={configuration.sweep_folder(command.name, line.overrides, line.config_dir)}")
     # Hydra's own sweeper takes every result as it comes, so failures are returned and the other jobs go on; other
     # sweepers have a rule of their own for failures, and get an exception.

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from affect.commands.configuration import sweep_job
 from affect.errors import ConfigError
 
 RESULTS, CONFIG, LOCK = "results.json", "config.yaml", "run.lock"
@@ -47,7 +48,7 @@ def resolve_output(config: DictConfig) -> Path:
     Alone, a run lives in ``runs/<name>/<dataset>-<test part>/<hash>/seed<k>`` or where ``paths.output`` says; a job of a
     sweep lives in the job's own folder.
     """
-    job = _sweep_job()
+    job = sweep_job()
     if job is not None:
         given = config.paths.output
         output = Path(given) / str(job[1]) if given else job[0]
@@ -59,17 +60,6 @@ def resolve_output(config: DictConfig) -> Path:
     output = output.expanduser().absolute()
     OmegaConf.update(config, "paths.output", str(output))
     return output
-
-
-def _sweep_job() -> tuple[Path, int] | None:
-    """Return folder and number of the current job if this process runs a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir) / hydra.sweep.subdir, int(hydra.job.num)
 
 
 @contextmanager

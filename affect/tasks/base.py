@@ -127,6 +127,8 @@ class Task(ABC):
         if not any(self.columns(source.names) for source in sources):
             wanted = ", ".join(self.wanted()[:6])
             raise DataError(f"{type(self).__name__}: no table has its columns ({wanted}); remove the task or add them")
+        for metric in self.metrics:
+            metric.bind(self.outputs)
 
     def wanted(self) -> tuple[str, ...]:
         """Return the columns that the task looks for, for messages."""

