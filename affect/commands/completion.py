@@ -45,8 +45,8 @@ _affect() {
     candidates=("${(@f)$("${words[1]}" --complete "${(j: :)words[1,CURRENT]}" 2>/dev/null)}")
     open=(${(M)candidates:#*[=./,]})
     closed=(${candidates:#*[=./,]})
-    (( ${#open} )) && compadd -S '' -- $open
-    (( ${#closed} )) && compadd -- $closed
+    if (( ${#open} )); then compadd -S '' -- $open; fi
+    if (( ${#closed} )); then compadd -- $closed; fi
 }
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit -u }
 compdef _affect affect

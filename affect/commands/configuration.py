@@ -225,6 +225,14 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
     return config
 
 
+def require_no_sweep(overrides: Sequence[str]) -> None:
+    """Raise Hydra's own error if an override has several values."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.types import RunMode
+
+    ConfigLoaderImpl.validate_sweep_overrides_legal(_parse(overrides), RunMode.RUN, from_shell=True)
+
+
 def require_complete(config: DictConfig) -> None:
     """Raise if a key that has no default was not given.
 
@@ -420,7 +428,7 @@ def _overridden_in(path: str, hydra: Hydra, overrides: Sequence[str]) -> str | N
 def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:
     base = key.partition("@")[0]
     groups = _groups_or_none(hydra, command)
-    config = plain_config(hydra, command, overrides)
+    config = plain_config(hydra, command, _choices_of_groups(hydra, overrides))
     if is_group(hydra, base) and base not in [name.partition("@")[0] for name in groups]:
         return f"affect {command} has no group {key}; {near(key, groups)}"
     # Descend as far as the key is known, then look for near names in that node.
@@ -463,8 +471,7 @@ def plain_config(hydra: Hydra, command: str, overrides: Sequence[str]) -> dict:
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    choices = [text for text in overrides if is_group(hydra, _key(text).partition("@")[0])]
-    for attempt in (list(overrides), choices, []):
+    for attempt in (list(overrides), _choices_of_groups(hydra, overrides), []):
         try:
             config = hydra.compose_config(command, attempt, RunMode.MULTIRUN, validate_sweep_overrides=False)
         except Exception:
@@ -473,6 +480,10 @@ def plain_config(hydra: Hydra, command: str, overrides: Sequence[str]) -> dict:
         assert isinstance(plain, dict)
         return plain
     return {}
+
+
+def _choices_of_groups(hydra: Hydra, overrides: Sequence[str]) -> list[str]:
+    return [text for text in overrides if is_group(hydra, _key(text).partition("@")[0])]
 
 
 def _key(override: str) -> str:

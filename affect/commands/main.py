@@ -321,10 +321,10 @@ def _compose(hydra: Hydra, command: Command, line: Line) -> DictConfig:
 
     mode = RunMode.MULTIRUN if line.multirun else RunMode.RUN
     try:
-        # A sweep may also be asked for by a configuration (hydra.mode), so this first look allows its overrides.
+        # A sweep may also be asked for by a configuration (hydra.mode), so its overrides are checked afterwards.
         config = hydra.compose_config(command.name, line.overrides, mode, validate_sweep_overrides=False)
         if not _is_sweep(config, line):
-            config = hydra.compose_config(command.name, line.overrides, RunMode.RUN)
+            configuration.require_no_sweep(line.overrides)
         return config
     except Exception as error:
         raise ConfigError(configuration.explain_composition(error, hydra, command.name, line.overrides)) from error

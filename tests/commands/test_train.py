@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from config to results: finished runs are skipped, others continued; every number follows from the tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from affect.commands import evaluate, train
+from affect.commands.inference import table_metrics
+from affect.commands.run_folder import locked, resolve_output, result_hash
+from affect.data.table import FaceTable
+from affect.errors import CheckpointError, ConfigError, DataError
+from affect.release import build_model, build_tasks, read_release
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished tiny run."""
+    from affect.commands.configuration import compose
+    from tests.conftest import SMALL
+
+    folder = tmp_path_factory.mktemp("finished")
+    config = compose("train", [*SMALL, f"paths.output={folder / 'run'}", f"paths.cache={folder / 'cache'}"])
+    train.run(config)
+    return folder / "run"
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_say_what_was_done(finished: Path) -> None:
+    found = results(finished)
+    assert found["seed"] == 1
+    assert found["selection"]["rule"] == "best_val"
+    assert found["data"]["parts"]["train"]["rows"] == 8
+    assert found["labels"]["valence_arousal"] == ["valence", "arousal"]
+    assert found["preprocess"]["channel_order"] == "RGB"
+    assert found["preprocess"]["recipe"]["kind"] == "similarity"
+    assert found["initial_weights"] == {"encoder": {"encoder": "random"}, "init": None}
+    assert found["environment"]["versions"]["torch"]
+    assert found["timing"]["training_seconds"] > 0
+    for record in found["metrics"]["test"]:
+        assert {"task", "name", "value", "low", "high", "constant", "n"} <= record.keys()
+    for name in ("training_curves", "samples", "predictions", "au_f1", "expression_confusion", "landmarks"):
+        assert (finished / "figures" / f"{name}.png").is_file()
+
+
+def test_every_number_is_a_function_of_the_predictions_table(finished: Path) -> None:
+    tasks = build_tasks(read_release(finished))
+    for task in tasks.values():
+        for metric in task.metrics:
+            metric.bind(task.outputs)
+    table = FaceTable.read_parquet(finished / "predictions" / "test.parquet")
+    assert table_metrics(table, tasks, resamples=20) == results(finished)["metrics"]["test"]
+
+
+def test_logged_metrics_agree_with_those_of_the_table(finished: Path) -> None:
+    found = results(finished)
+    logged = found["history"][found["selection"]["epoch"]]
+    checked = 0
+    for record in found["metrics"]["validation"]:
+        value = logged[f"val/{record['task']}/{record['name']}"]
+        if record["value"] is None:
+            assert value is None or math.isnan(value)
+        else:
+            assert value == pytest.approx(record["value"], abs=2e-4), record["name"]
+            checked += 1
+    assert checked > 40
+
+
+def test_parts_share_no_subject(finished: Path) -> None:
+    from affect.commands.assembly import build_datamodule, build_sources
+    from affect.commands.assembly import build_tasks as make_tasks
+
+    config = OmegaConf.load(finished / "config.yaml")
+    config.data.limit = None
+    datamodule = build_datamodule(config, build_sources(config), make_tasks(config), 32)
+    datamodule.setup("fit")
+    subjects = datamodule.sources[0].table.strings("subject")[0]
+    parts = {part: set(subjects[datamodule.part_rows(part)[0]]) for part in ("train", "validation", "test")}
+    assert all(parts.values())
+    assert not parts["train"] & parts["validation"]
+    assert not (parts["train"] | parts["validation"]) & parts["test"]
+
+
+def test_a_finished_run_is_skipped_and_says_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = OmegaConf.load(finished / "config.yaml")
+    before = (finished / "results.json").stat().st_mtime_ns
+    score = train.train(config, finished)
+    assert "finished before" in capsys.readouterr().out
+    assert (finished / "results.json").stat().st_mtime_ns == before
+    assert score == results(finished)["selection"]["score"]
+
+
+def test_a_folder_with_another_run_is_refused_by_the_keys_that_differ(finished: Path) -> None:
+    config = OmegaConf.load(finished / "config.yaml")
+    config.optimizer.lr = 0.5
+    with pytest.raises(ConfigError, match=r"holds another run \(differs in optimizer.lr\)"):
+        train.train(config, finished)
+
+
+def test_a_running_run_is_refused(finished: Path) -> None:
+    config = OmegaConf.load(finished / "config.yaml")
+    with locked(finished), pytest.raises(ConfigError, match="another process is running it"):
+        train.train(config, finished)
+
+
+def test_force_trains_again_with_the_same_result(finished: Path, tiny_run: Callable[..., DictConfig]) -> None:
+    config = tiny_run()
+    train.run(config)
+    before = results(Path(config.paths.output))
+    config.force = True
+    train.run(config)
+    after = results(Path(config.paths.output))
+    assert after["metrics"] == before["metrics"] == results(finished)["metrics"]
+    assert after["timing"]["finished"] > before["timing"]["finished"]
+
+
+def test_evaluate_gives_the_same_numbers_again(finished: Path, compose: Callable[..., DictConfig]) -> None:
+    config = compose("evaluate", f"checkpoint={finished}", "data.num_workers=0", "bootstrap.resamples=20")
+    evaluate.run(config)
+    again = results(finished / "evaluate" / "faces-test")
+    assert again["metrics"]["test"] == results(finished)["metrics"]["test"]
+
+
+def test_evaluate_by_subgroup(finished: Path, compose: Callable[..., DictConfig], tmp_path: Path) -> None:
+    overrides = (f"checkpoint={finished}", "data.num_workers=0", "bootstrap.resamples=0", f"out={tmp_path}")
+    evaluate.run(compose("evaluate", *overrides, "group_by=[skin_group]"))
+    subgroups = {r["subgroup"] for r in results(tmp_path)["metrics"]["test"]}
+    assert None in subgroups
+    assert any(str(name).startswith("skin_group=") for name in subgroups)
+    with pytest.raises(ConfigError, match="group_by: no column 'skin_grup'.*did you mean skin_group"):
+        evaluate.run(compose("evaluate", *overrides, "group_by=[skin_grup]"))
+
+
+def test_a_checkpoint_of_another_task_set_is_refused(
+    finished: Path, compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    table = FaceTable.from_columns({"image": ["a.png"], "bs_mouthSmile": [0.5]}, tmp_path)
+    table.to_csv(tmp_path / "labels.csv")
+    import cv2
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
+    config = compose(
+        "evaluate", f"checkpoint={finished}", "dataset=table", f"dataset.table={tmp_path / 'labels.csv'}"
+    )
+    with pytest.raises(CheckpointError, match="predicts other things than the table has labels for"):
+        evaluate.run(config)
+
+
+def test_predictions_are_a_table_that_can_be_trained_on(finished: Path) -> None:
+    from affect.data.layouts.table import read
+
+    table = read(finished / "predictions" / "test.parquet", root=finished, check_files=False)
+    assert {"au01_occurrence", "expression", "landmarks_68", "target_expression"} <= table.names
+
+
+def test_a_release_builds_without_its_run(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished / "release", tmp_path / "release")
+    release = read_release(tmp_path / "release")
+    module = build_model(release, build_tasks(release))
+    assert set(module.tasks) == {"au", "expression", "valence_arousal", "landmarks"}
+
+
+def test_the_folder_depends_on_what_can_change_the_result(tiny_run: Callable[..., DictConfig]) -> None:
+    base = result_hash(tiny_run())
+    assert result_hash(tiny_run("data.num_workers=3")) == base
+    assert result_hash(tiny_run("seed=7")) == base
+    assert result_hash(tiny_run(output="elsewhere")) == base
+    assert result_hash(tiny_run("optimizer.lr=0.5")) != base
+    assert result_hash(tiny_run("dataset.seed=3")) != base
+
+
+def test_the_default_folder_names_experiment_dataset_part_and_seed(compose: Callable[..., DictConfig]) -> None:
+    config = compose("train", "seed=7", "protocol.test=2")
+    output = resolve_output(config)
+    assert output.parts[-5:-2] == ("runs", "train", "faces-2")
+    assert output.name == "seed7"
+    assert config.paths.output == str(output)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["selection=best"], ConfigError, "selection=best"),
+        (["task.au.aus=[1,3]"], ConfigError, "unknown action unit 3"),
+        (["dataset.root=/nowhere"], ConfigError, "dataset.root=/nowhere: no such folder"),
+        (["encoder.name=resnet5"], ConfigError, "did you mean resnet50"),
+        (["protocol.test=9"], ConfigError, "protocol.test=9"),
+        (["dataset.expressions=rafd"], ConfigError, "did you mean rafdb"),
+        (["dataset.dials.subjects=2"], DataError, "group"),
+        (["dataset.dials.missing_landmarks=1.0"], DataError, "landmarks"),
+        (["init=/nowhere"], CheckpointError, "no such folder"),
+        (["transform.train.flip=2"], ConfigError, "transform.flip=2"),
+    ],
+)
+def test_bad_input_is_one_line_before_training(
+    tiny_run: Callable[..., DictConfig], overrides: list[str], error: type[Exception], message: str
+) -> None:
+    config = tiny_run(*overrides)
+    with pytest.raises(error, match=message) as caught:
+        train.run(config)
+    assert "\n" not in str(caught.value)
+    assert not (Path(config.paths.output) / "last.ckpt").exists()
