@@ -76,7 +76,7 @@ def read_csv(path: Path) -> pa.Table:
     """
     names, delimiter = _header(path)
     # A column without a name is the row index that some tools write first.
-    unnamed = [f"_unnamed_{k}" if not name else name for k, name in enumerate(names)]
+    unnamed = [name or f"_unnamed_{k}" for k, name in enumerate(names)]
     kinds = {name: kind for name in unnamed if (kind := _cell_type(name)) is not None}
     try:
         table = _parse(path, unnamed, delimiter, kinds)

@@ -19,10 +19,12 @@ import cv2
 import numpy as np
 
 from affect.data.table import FaceTable
-from affect.errors import DataError
+from affect.errors import DataError, near
 
 if TYPE_CHECKING:
     from affect.geometry.alignment import CropRecipe
+
+NO_SUBJECT = "no column subject: parts are split by image, so one person may be in training and in test"
 
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 _LARGE_FILE = 48 * 1024
@@ -170,7 +172,7 @@ def _upright_size(data: np.ndarray) -> tuple[int, int] | None:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with Image.open(io.BytesIO(data.data)) as header:
             upright = header.getexif().get(0x0112, 1) == 1
             return header.size if upright else None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
@@ -240,6 +242,8 @@ def _files(folder: Path) -> frozenset[str]:
 class Source:
     """A table with its images: what a data module trains on and evaluates.
 
+    Without a column ``subject`` a source that would be split by it is split by image, with a note.
+
     Attributes:
         name: Key in result tables, e.g. ``bp4d``.
         table: Labels, one row per image.
@@ -257,3 +261,11 @@ class Source:
     recipe: CropRecipe | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        names = self.table.names
+        if self.group == "subject" and "subject" not in names:
+            object.__setattr__(self, "group", "image")
+            object.__setattr__(self, "notes", (*self.notes, NO_SUBJECT))
+        elif self.group not in names:
+            raise DataError(f"{self.name}: no column {self.group} to split by; {near(self.group, names)}")

@@ -73,7 +73,7 @@ class Protocol:
 
 
 def split_groups(
-    groups: Sequence[str],
+    groups: Sequence[str] | np.ndarray,
     fractions: Sequence[float] | int,
     seed: int,
     stratify: Sequence | None = None,
@@ -262,7 +262,7 @@ def require_parts(sources: Sequence[Source], parts: Sequence[dict[str, np.ndarra
             raise DataError(f"the {name} part is empty with protocol.test={protocol.test} (parts: {known})")
 
 
-def positions(rows: Sequence[np.ndarray], limit: int | None) -> list[np.ndarray]:
+def spread(rows: Sequence[np.ndarray], limit: int | None) -> list[np.ndarray]:
     """Return at most ``limit`` rows in all, spread evenly over each source's rows, so that every class keeps a chance.
 
     Args:

@@ -51,12 +51,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(f"data.sampling={self.kind}: write {', '.join(KINDS)}")
+            raise ConfigError(f"data.sampling.kind={self.kind}: write {', '.join(KINDS)}")
         if (self.kind == "uniform") != (self.key is None):
             wanted = "no" if self.kind == "uniform" else "a"
-            raise ConfigError(f"data.sampling={self.kind} takes {wanted} data.sampling_key, got {self.key}")
+            raise ConfigError(f"data.sampling.kind={self.kind} takes {wanted} data.sampling.key, got {self.key}")
         if self.length is not None and self.length < 1:
-            raise ConfigError(f"sampling length {self.length} must be at least 1")
+            raise ConfigError(f"data.sampling.length={self.length} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,8 @@ def class_pools(positions: np.ndarray, classes: np.ndarray, share: float) -> lis
     pools = []
     if not labelled.all():
         pools.append(Pool(positions[~labelled], share * float((~labelled).mean())))
-    for value in present:
-        pools.append(Pool(positions[classes == value], share * float(labelled.mean()) / len(present)))
-    return pools
+    each = share * float(labelled.mean()) / max(len(present), 1)
+    return pools + [Pool(positions[classes == value], each) for value in present]
 
 
 def weighted_pool(positions: np.ndarray, weights: np.ndarray, share: float, where: str) -> Pool:

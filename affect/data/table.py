@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The face table: one row per face image, memory-mapped, with every missing label a null of its own cell.
 
-A table is read by tasks through ``names``, ``expressions``, ``numbers`` and ``strings`` (``affect.tasks.base.Columns``).
-All of them are vectorised over rows and touch only the rows that they are asked for, so that the cost of a batch does
-not depend on the size of the table. The working format is uncompressed Arrow IPC, which is mapped and never copied:
-data loading workers share one set of pages. Parquet and CSV are for exchange (``affect.data.exchange``).
+A table is read by tasks through ``names``, ``expressions``, ``numbers`` and ``strings``
+(``affect.tasks.base.Columns``). All of them are vectorised over rows and touch only the rows that they are asked for,
+so that the cost of a batch does not depend on the size of the table. The working format is uncompressed Arrow IPC,
+which is mapped and never copied: data loading workers share one set of pages. Parquet and CSV are for exchange
+(``affect.data.exchange``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import pyarrow.compute as pc
 from affect import labels
 from affect.errors import DataError, near
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 """What a table's metadata may hold."""
 
 ColumnLike: TypeAlias = "pa.Array | pa.ChunkedArray | np.ndarray | Sequence | tuple[np.ndarray, np.ndarray]"
@@ -147,8 +148,8 @@ class _Bits(NamedTuple):
         return (self.data[position >> 3] >> (position & 7).astype(np.uint8) & 1).astype(bool)
 
 
-def _bitmap(buffer: pa.Buffer | None, offset: int, length: int) -> _Bits | None:
-    return None if buffer is None else _Bits(np.frombuffer(buffer, np.uint8), offset, length)
+def _bitmap(buffer: pa.Buffer, offset: int, length: int) -> _Bits:
+    return _Bits(np.frombuffer(buffer, np.uint8), offset, length)
 
 
 class _Numbers(NamedTuple):
@@ -178,7 +179,8 @@ class _Numbers(NamedTuple):
 
 
 def _numbers_view(name: str, column: pa.Array) -> _Numbers:
-    width, items, child = 0, None, column
+    width, child = 0, column
+    items: _Bits | None = None
     length, offset = len(column), column.offset
     if pa.types.is_fixed_size_list(column.type):
         width = column.type.list_size
@@ -189,9 +191,8 @@ def _numbers_view(name: str, column: pa.Array) -> _Numbers:
     valid = _bitmap(column.buffers()[0], column.offset, len(column)) if column.null_count else None
     buffers = child.buffers()
     if width and buffers[0] is not None:
-        items = _bitmap(buffers[0], offset, length)
-        if items is not None and items.read(None).all():
-            items = None
+        found = _bitmap(buffers[0], offset, length)
+        items = None if found.read(None).all() else found
     if pa.types.is_boolean(child.type):
         return _Numbers(_bitmap(buffers[1], offset, length), valid, items, width)
     values = np.frombuffer(buffers[1], child.type.to_pandas_dtype()) if buffers[1] is not None else np.empty(0)
@@ -301,9 +302,12 @@ class FaceTable:
         """
         path = Path(path)
         arrow = self._with_schema_metadata(path)
-        with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-            with pa.ipc.new_file(sink, arrow.schema) as writer:
-                writer.write_table(arrow)
+        with (
+            replacing(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, arrow.schema) as writer,
+        ):
+            writer.write_table(arrow)
         return FaceTable.open(path)
 
     def _with_schema_metadata(self, path: Path) -> pa.Table:
@@ -393,7 +397,10 @@ class FaceTable:
         """
         if self._expressions is None:
             stated = self.metadata.get("expressions")
-            self._expressions = tuple(str(name) for name in stated) if stated else self._find_expressions()
+            if isinstance(stated, Sequence) and not isinstance(stated, str) and len(stated):
+                self._expressions = tuple(str(name) for name in stated)
+            else:
+                self._expressions = self._find_expressions()
         return self._expressions
 
     def _find_expressions(self) -> tuple[str, ...]:
@@ -470,11 +477,11 @@ class FaceTable:
                 digest.update(f"\n{name}:{column.type}\n".encode())
                 try:
                     values, valid = self.numbers(name)
-                    digest.update(np.ascontiguousarray(values))
-                    digest.update(np.packbits(valid))
+                    digest.update(np.ascontiguousarray(values).data)
+                    digest.update(np.packbits(valid).data)
                 except DataError:
                     codes, distinct = self.codes(name)
-                    digest.update(codes)
+                    digest.update(codes.data)
                     digest.update("\0".join(distinct).encode())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
@@ -485,9 +492,11 @@ class FaceTable:
         """Return the table of ``rows``, in their order. The classes that the source can label stay the same."""
         taken = self.arrow.take(pa.array(np.asarray(rows, np.int64)))
         columns = {name: _one_chunk(taken[name]) for name in taken.column_names}
-        result = FaceTable(pa.table(columns), self.root, self.metadata)
-        result._expressions = self.expressions
-        return result
+        return FaceTable(pa.table(columns), self.root, self._stating_expressions(self.expressions))
+
+    def _stating_expressions(self, names: Sequence[str]) -> dict[str, JSON]:
+        """Return the metadata with the classes written out, where fewer columns or rows would no longer tell them."""
+        return {**self.metadata, "expressions": list(names)} if names else self.metadata
 
     def with_columns(self, columns: Mapping[str, ColumnLike]) -> FaceTable:
         """Return the table with ``columns`` added or replaced."""
@@ -511,7 +520,9 @@ class FaceTable:
         kept += [name for name in self.arrow.column_names if declared_type(name) is None and name not in true]
         columns = {name: self._column(name) for name in kept if name not in true}
         columns.update({name: self._column(stored) for name, stored in true.items()})
-        return FaceTable(pa.table(columns), self.root, self.metadata)
+        found = FaceTable(pa.table(columns), self.root, {}).expressions
+        known = (*self.expressions, *(name for name in found if name not in self.expressions))
+        return FaceTable(pa.table(columns), self.root, self._stating_expressions(known))
 
 
 def _as_text(name: str, column: pa.Array) -> pa.Array:

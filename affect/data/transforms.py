@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a stored image to what a model sees: crop, mirroring, jitter, colour and occlusion, moved as one.
 
-Geometry comes first and is one matrix: the crop of the recipe, then rotation, scale and shift about the crop's centre,
-then mirroring. Pixels are interpolated once, points move by the same matrix, and mirrored points take the place of their
-partners. Colour, noise and occlusion follow on uint8 crops by albumentations.
+Geometry comes first and is one matrix: the crop of the recipe, then rotation, scale and shift about the crop's
+centre, then mirroring. Pixels are interpolated once, points move by the same matrix, and mirrored points take the place
+of their partners. Colour, noise and occlusion follow on uint8 crops by albumentations.
 
 Every draw is a function of (seed, epoch, source, row): the number of workers, the order of samples and what was drawn
 before make no difference.
@@ -66,7 +66,7 @@ def uniforms(keys: np.ndarray, count: int) -> np.ndarray:
 
 
 def swap_mirrored(values: np.ndarray, scheme: str, flipped: np.ndarray) -> np.ndarray:
-    """Return points ``(N, P, 2)`` or their masks ``(N, P)`` with partners exchanged in the ``flipped`` samples ``(N,)``."""
+    """Return points ``(N, P, 2)`` or masks ``(N, P)`` with partners exchanged in the ``flipped`` samples ``(N,)``."""
     swap = np.asarray(labels.SCHEMES[scheme].swap)
     chosen = flipped.reshape(-1, *[1] * (values.ndim - 1))
     return np.where(chosen, values[:, swap], values)

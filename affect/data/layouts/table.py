@@ -32,22 +32,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from affect import labels
-from affect.data.images import FileImages, Source
+from affect.data.images import NO_SUBJECT, FileImages
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from affect.geometry.alignment import CropRecipe
-
 _log = logging.getLogger(__name__)
-
-NO_SUBJECT = "no column subject: parts are split by image, so one person may be in training and in test"
 
 
 def read(table: str | Path, root: str | Path | None = None, check_images: bool = True) -> FaceTable:
@@ -97,37 +91,6 @@ def write(table: FaceTable, path: str | Path) -> None:
         raise ConfigError(f"{path}: unknown ending {ending!r}; write .csv, .parquet or .arrow")
 
 
-def source(
-    table: str | Path,
-    root: str | Path | None = None,
-    name: str = "table",
-    group: str = "subject",
-    recipe: CropRecipe | None = None,
-    check_images: bool = True,
-) -> Source:
-    """Return the file's table with its images; without the column ``group`` it is split by image, with a note.
-
-    Args:
-        table: See ``read``.
-        root: See ``read``.
-        name: Key in result tables.
-        group: Column whose values never straddle two parts.
-        recipe: How faces are cropped.
-        check_images: See ``read``.
-
-    Raises:
-        DataError: If ``group`` is not ``subject`` and the table has no such column; else as ``read``.
-    """
-    faces = read(table, root, check_images)
-    notes = []
-    if group == "subject" and "subject" not in faces.names:
-        group = "image"
-        notes.append(NO_SUBJECT)
-    elif group not in faces.names:
-        raise DataError(f"{table}: no column {group} to split by; columns: {', '.join(sorted(faces.names))}")
-    return Source(name, faces, FileImages(faces), group, recipe, notes=tuple(notes))
-
-
 def canonical_expressions(table: FaceTable) -> FaceTable:
     """Return the table with expression classes, in cells and in column names, as ``labels.canonical_expression``."""
     columns: dict[str, pa.Array] = {}
@@ -153,7 +116,7 @@ def canonical_expressions(table: FaceTable) -> FaceTable:
         columns[name] = column
     if not changed:
         return table
-    metadata = dict(table.metadata)
-    if metadata.get("expressions"):
-        metadata["expressions"] = [labels.canonical_expression(value) for value in metadata["expressions"]]
-    return FaceTable.from_columns(columns, table.root, metadata)
+    changed_table = FaceTable.from_columns(columns, table.root, table.metadata)
+    if not table.metadata.get("expressions"):
+        return changed_table
+    return changed_table.with_metadata(expressions=[labels.canonical_expression(name) for name in table.expressions])

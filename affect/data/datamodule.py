@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a run: sources split into parts, tasks bound and checked, loaders that can start at any batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from affect.data.batch import FaceBatch
+from affect.data.dataset import FaceDataset, collate, croppable
+from affect.data.images import Source
+from affect.data.protocol import PARTS, TEST, TRAIN, VALIDATION, Protocol, assign, group_codes, require_parts, spread
+from affect.data.sampling import EpochSampler, OrderedSampler, Pool, Sampling, class_pools, weighted_pool
+from affect.data.transforms import FaceTransform
+from affect.errors import ConfigError, DataError, near
+from affect.tasks.base import Task
+
+_log = logging.getLogger(__name__)
+
+ALL = "all"
+_BLOCK = 1 << 16
+_MOST_CLASSES = 64
+
+
+class FaceLoader(DataLoader):
+    """A training loader whose place in the epoch goes into checkpoints.
+
+    Lightning stores ``state_dict`` with a checkpoint and gives it back before the first batch. The place is what the
+    trainer has completed, not what workers have fetched ahead.
+
+    Args:
+        position: Returns (epoch, batches of it that are completed).
+        **arguments: Those of ``torch.utils.data.DataLoader``; the sampler is an ``EpochSampler``.
+    """
+
+    def __init__(self, position: Callable[[], tuple[int, int]], **arguments: Any) -> None:  # noqa: ANN401
+        super().__init__(**arguments)
+        self.position = position
+        self.order = arguments["sampler"]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return epoch and batch to continue at."""
+        epoch, batch = self.position()
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue at the place of ``state_dict``."""
+        self.order.load_state_dict(state)
+
+
+class LabelCounts(NamedTuple):
+    """Statistics of one task's labels in some rows, float64 or int64 ``(K,)`` each.
+
+    Attributes:
+        labelled: Number of labelled cells.
+        total: Sum of the labels.
+        low: Smallest label, infinite without one.
+        high: Largest label, minus infinite without one.
+    """
+
+    labelled: np.ndarray
+    total: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def count_labels(task: Task, sources: Sequence[Source], rows: Sequence[np.ndarray]) -> LabelCounts:
+    """Return statistics of a task's labels in ``rows`` of ``sources``, block by block, so that memory stays flat.
+
+    For landmarks an entry is a point and only ``labelled`` has a meaning.
+    """
+    counts: LabelCounts | None = None
+    for source, chosen in zip(sources, rows, strict=True):
+        for start in range(0, len(chosen), _BLOCK):
+            target, mask = task.encode(source.table, chosen[start : start + _BLOCK])
+            if target.ndim > mask.ndim:
+                target = np.zeros(mask.shape, np.float32)
+            block = LabelCounts(
+                mask.sum(0),
+                np.where(mask, target, 0).sum(0, dtype=np.float64),
+                np.where(mask, target, np.inf).min(0),
+                np.where(mask, target, -np.inf).max(0),
+            )
+            counts = block if counts is None else _merge(counts, block)
+    if counts is None:
+        size = task.num_outputs if task.landmark_scheme is None else task.num_outputs // 2
+        counts = LabelCounts(np.zeros(size, np.int64), np.zeros(size), np.full(size, np.inf), np.full(size, -np.inf))
+    return counts
+
+
+def _merge(a: LabelCounts, b: LabelCounts) -> LabelCounts:
+    return LabelCounts(a.labelled + b.labelled, a.total + b.total, np.minimum(a.low, b.low), np.maximum(a.high, b.high))
+
+
+def require_variety(name: str, task: Task, counts: LabelCounts) -> list[str]:
+    """Return notes on outputs that training cannot learn.
+
+    Raises:
+        DataError: If no training row has a label of the task, or all training labels are of one class or one value.
+    """
+    if not counts.labelled.any():
+        raise DataError(
+            f"task {name}: no training row has a label ({', '.join(task.wanted()[:4])}); remove the task or label rows"
+        )
+    if task.landmark_scheme is not None:
+        return []
+    outputs = np.array(task.outputs)
+    if task.softmax:
+        present = outputs[counts.total > 0]
+        if len(present) < 2:
+            raise DataError(f"task {name}: all training labels are {present[0]}; at least two classes are needed")
+        absent = outputs[counts.total <= 0]
+        return [f"task {name}: no training label of {', '.join(absent)}"] if len(absent) else []
+    known = counts.labelled > 0
+    constant = known & np.equal(counts.low, counts.high)
+    if bool(constant[known].all()):
+        values = ", ".join(f"{o}={v:g}" for o, v in list(zip(outputs[known], counts.low[known], strict=True))[:4])
+        raise DataError(f"task {name}: each output has one value only in training ({values}); nothing can be learnt")
+    notes = []
+    if constant.any():
+        notes.append(f"task {name}: one value only in training for {', '.join(outputs[constant])}")
+    if not known.all():
+        notes.append(f"task {name}: no training label of {', '.join(outputs[~known])}")
+    return notes
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+
+
+def sampling_pools(
+    sampling: Sampling, sources: Sequence[Source], rows: Sequence[np.ndarray], tasks: Mapping[str, Task]
+) -> list[Pool]:
+    """Return what a training epoch draws from.
+
+    Args:
+        sampling: Kind, key and shares.
+        sources: All sources.
+        rows: Training rows of each source; positions count through them.
+        tasks: Bound tasks.
+
+    Raises:
+        ConfigError: If a source in ``ratios`` or the key is unknown, or the key has no classes.
+    """
+    names = [source.name for source in sources]
+    for name in sampling.ratios or ():
+        if name not in names:
+            raise ConfigError(f"data.sampling.ratios: no source {name}; {near(name, names)}")
+    ends = np.cumsum([len(part) for part in rows])
+    blocks = [np.arange(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
+    if sampling.ratios is None:
+        groups = [(np.arange(int(ends[-1]) if len(ends) else 0), 1.0)]
+    else:
+        groups = [(block, float(sampling.ratios.get(name, 1.0))) for name, block in zip(names, blocks, strict=True)]
+    if sampling.kind == "uniform":
+        return [Pool(positions, share) for positions, share in groups]
+    key = str(sampling.key)
+    if sampling.kind == "balanced":
+        classes = _classes(key, sources, rows, tasks)
+        return [pool for at, share in groups if len(at) for pool in class_pools(at, classes[at], share)]
+    weights = np.concatenate([_column_weights(key, source, part) for source, part in zip(sources, rows, strict=True)])
+    return [weighted_pool(at, weights[at], share, f"column {key}") for at, share in groups if len(at)]
+
+
+def _classes(key: str, sources: Sequence[Source], rows: Sequence[np.ndarray], tasks: Mapping[str, Task]) -> np.ndarray:
+    """Return the class of each training position, -1 without a label: of a task with classes, or of a column."""
+    task = tasks.get(key)
+    if task is not None:
+        if not task.softmax:
+            raise ConfigError(f"data.sampling.key={key}: the task has no classes; name a column of the table instead")
+        found = []
+        for source, part in zip(sources, rows, strict=True):
+            target, mask = task.encode(source.table, part)
+            known = (mask & (target > 0)).any(1)
+            found.append(np.where(known, target.argmax(1), -1))
+        return np.concatenate(found)
+    labels: dict[str, int] = {}
+    found = []
+    for source, part in zip(sources, rows, strict=True):
+        if key not in source.table.names:
+            options = [*tasks, *source.table.names]
+            raise ConfigError(f"data.sampling.key={key}: neither a task nor a column; {near(key, options)}")
+        values, valid = _categories(source, key, part)
+        names, inverse = np.unique(values, return_inverse=True)
+        if len(names) > _MOST_CLASSES:
+            raise ConfigError(
+                f"data.sampling.key={key}: {len(names)} different values are too many to balance; use weighted sampling"
+            )
+        number = np.array([labels.setdefault(str(name), len(labels)) for name in names], np.int64)
+        found.append(np.where(valid, number[inverse], -1))
+    return np.concatenate(found)
+
+
+def _categories(source: Source, column: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if column.endswith("_occurrence") or column.startswith("attribute_"):
+        values, valid = source.table.numbers(column, rows)
+        return (values >= 0.5).astype(np.int64), valid  # Soft labels count as metrics count them.
+    values, valid = source.table.strings(column, rows)
+    return values.astype(str), valid
+
+
+def _column_weights(column: str, source: Source, rows: np.ndarray) -> np.ndarray:
+    if column not in source.table.names:
+        raise ConfigError(f"data.sampling.key={column}: no such column; {near(column, source.table.names)}")
+    return source.table.numbers(column, rows)[0]
+
+
+# ----------------------------------------------------------------------------------------------- data module
+
+
+class FaceDataModule(pl.LightningDataModule):
+    """Sources, tasks and protocol in, batches out.
+
+    ``setup("fit")`` checks everything that could fail later: columns, label ranges, images' crops, leaks, empty parts,
+    labels of one class. ``setup("test")`` only binds and checks labels, so that any table can be evaluated.
+
+    Distributed training needs ``Trainer(use_distributed_sampler=False)``: samplers share out batches themselves,
+    without duplicates in evaluation.
+
+    Args:
+        sources: Tables with their images.
+        tasks: Tasks by name; bound to the sources here and fitted on training rows.
+        protocol: How sources are split.
+        train_transform: Crop and augmentation in training.
+        eval_transform: Crop in evaluation.
+        batch_size: Samples of a batch of one process.
+        num_workers: Loading processes; 0 loads in the main process. Batches do not depend on it.
+        sampling: What training epochs are drawn by; None visits every row once.
+        schemes: Landmark schemes of ``FaceBatch.points``.
+        seed: Seed of order and augmentation.
+        limit: At most so many rows of each part, spread evenly; None takes all.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tasks: Mapping[str, Task],
+        protocol: Protocol,
+        train_transform: FaceTransform,
+        eval_transform: FaceTransform,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        sampling: Sampling | None = None,
+        schemes: Sequence[str] = (),
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
+            raise ConfigError(f"data: batch_size={batch_size}, num_workers={num_workers}, limit={limit} out of range")
+        if not sources:
+            raise ConfigError("data: at least one source is needed; choose a dataset")
+        doubled = {source.name for source in sources if [s.name for s in sources].count(source.name) > 1}
+        if doubled:
+            raise ConfigError(f"data: source names must differ, {sorted(doubled)[0]} occurs twice")
+        self.sources = list(sources)
+        self.tasks = dict(tasks)
+        self.protocol = protocol
+        self.train_transform, self.eval_transform = train_transform, eval_transform
+        self.batch_size, self.num_workers = int(batch_size), int(num_workers)
+        self.sampling = sampling or Sampling()
+        self.schemes, self.seed, self.limit = tuple(schemes), int(seed), limit
+        self.notes: list[str] = []
+        self._bound = self._fitted = False
+        self._whole: list[np.ndarray] = []
+        self._dropped: dict[str, int] = {}
+        self._assigned: dict[str, list[np.ndarray]] | None = None
+        self._start = (0, 0)
+
+    # ----------------------------------------------------------------------------------------------- setting up
+
+    def setup(self, stage: str | None = None) -> None:
+        """Bind, check and split; a second call of the same stage does nothing.
+
+        Args:
+            stage: ``fit`` (or None) for training; anything else for evaluation alone.
+
+        Raises:
+            DataError: If the data cannot be used as configured.
+        """
+        if not self._bound:
+            self._bind()
+        if stage in (None, "fit") and not self._fitted:
+            self._fit()
+
+    def _bind(self) -> None:
+        tables = [source.table for source in self.sources]
+        for task in self.tasks.values():
+            task.bind(tables)
+        for source in self.sources:
+            for name, task in self.tasks.items():
+                try:
+                    task.check(source.table)
+                except DataError as error:
+                    raise DataError(f"{source.name}, task {name}: {error}") from error
+        for source in self.sources:
+            rows = np.arange(len(source.table))
+            usable = croppable(source.table, source.recipe, rows)
+            if not usable.any():
+                needs = source.recipe.needs if source.recipe is not None else "nothing"
+                raise DataError(f"{source.name}: no row has the {needs} that the crop needs; use prepare=none")
+            self._whole.append(rows[usable])
+            if source.recipe is not None and not usable.all():
+                reason = f"no {source.recipe.needs} to crop by"
+                self._dropped[reason] = self._dropped.get(reason, 0) + int((~usable).sum())
+        self._bound = True
+
+    def _parts(self) -> dict[str, list[np.ndarray]]:
+        """Return the rows of each part by source, before ``limit``."""
+        if self._assigned is None:
+            assigned = [assign(source, self.protocol) for source in self.sources]
+            self._assigned = {
+                part: [
+                    rows[part][np.isin(rows[part], whole)] for rows, whole in zip(assigned, self._whole, strict=True)
+                ]
+                for part in PARTS
+            }
+        return self._assigned
+
+    def _fit(self) -> None:
+        parts = self._parts()
+        require_parts(self.sources, [{p: parts[p][k] for p in PARTS} for k in range(len(self.sources))], self.protocol)
+        training = parts[TRAIN]
+        for name, task in self.tasks.items():
+            for note in require_variety(name, task, count_labels(task, self.sources, training)):
+                _log.warning("%s", note)
+                self.notes.append(note)
+            if _needs_fit(task):
+                encoded = [
+                    task.encode(source.table, rows)
+                    for source, rows in zip(self.sources, training, strict=True)
+                    if len(rows)
+                ]
+                task.fit(encoded)
+        self._fitted = True
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    def part_rows(self, part: str) -> list[np.ndarray]:
+        """Return the rows of ``train``, ``validation``, ``test`` or ``all`` by source, after ``limit``."""
+        if part not in (*PARTS, ALL):
+            raise ConfigError(f"part={part}: {near(part, (*PARTS, ALL))}")
+        self.setup("test")
+        rows = self._whole if part == ALL else self._parts()[part]
+        return spread(rows, self.limit)
+
+    def rows(self, part: str) -> int:
+        """Return the number of rows of a part."""
+        return sum(len(rows) for rows in self.part_rows(part))
+
+    def dataset(self, part: str, augment: bool = False) -> FaceDataset:
+        """Return a part in row order, cropped as in evaluation or augmented as in training."""
+        transform = self.train_transform if augment else self.eval_transform
+        return FaceDataset(self.sources, self.part_rows(part), self.tasks, transform, self.schemes, self.seed)
+
+    def sample(self, part: str, count: int) -> FaceBatch:
+        """Return ``count`` samples, spread evenly over a part, as the model sees them: augmented in training."""
+        dataset = self.dataset(part, augment=part == TRAIN)
+        positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(np.int64)
+        return dataset.batch(0, positions)
+
+    # ----------------------------------------------------------------------------------------------- loaders
+
+    def train_dataloader(self) -> FaceLoader:
+        """Return the loader of training epochs; it continues where ``set_position`` or a checkpoint says."""
+        self.setup("fit")
+        self._refuse_foreign_sampler()
+        dataset = self.dataset(TRAIN, augment=True)
+        pools = sampling_pools(self.sampling, self.sources, dataset.rows, self.tasks)
+        length = len(dataset) if self.sampling.length is None else self.sampling.length
+        rank, world = self._process()
+        sampler = EpochSampler(pools, length, self.batch_size, self.seed, rank, world)
+        sampler.set_position(*self._start)
+        return FaceLoader(self.position, **self._loading(dataset, sampler))
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Return the loader of the validation part, shared out over processes; none if the part is empty."""
+        return self._shared(VALIDATION)
+
+    def test_dataloader(self) -> DataLoader | list:
+        """Return the loader of the test part, shared out over processes."""
+        return self._shared(TEST)
+
+    def predict_dataloader(self) -> DataLoader | list:
+        """Return the loader of the test part, shared out over processes."""
+        return self._shared(TEST)
+
+    def part_dataloader(self, part: str) -> DataLoader:
+        """Return the loader of a whole part (``all``: of every row) in row order, on this process alone.
+
+        Raises:
+            DataError: If the part is empty.
+        """
+        dataset = self.dataset(part)
+        if not len(dataset):
+            raise DataError(f"the {part} part is empty (protocol.test={self.protocol.test}); evaluate part=all instead")
+        return DataLoader(**self._loading(dataset, OrderedSampler(len(dataset), self.batch_size)))
+
+    def _shared(self, part: str) -> DataLoader | list:
+        self._refuse_foreign_sampler()
+        dataset = self.dataset(part)
+        if not len(dataset):
+            return []
+        rank, world = self._process()
+        return DataLoader(**self._loading(dataset, OrderedSampler(len(dataset), self.batch_size, rank, world)))
+
+    def _loading(self, dataset: FaceDataset, sampler: EpochSampler | OrderedSampler) -> dict[str, Any]:
+        # A key asks for a whole batch, so batching is the sampler's and labels are read in one go.
+        return {
+            "dataset": dataset,
+            "sampler": sampler,
+            "batch_size": None,
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "worker_init_fn": one_thread,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _process(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _refuse_foreign_sampler(self) -> None:
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError("several devices need trainer.use_distributed_sampler=false: the data module shares out")
+
+    def transfer_batch_to_device(self, batch: FaceBatch, device: torch.device, dataloader_idx: int) -> FaceBatch:
+        """Copy a batch to the device; from pinned memory the copy overlaps with computing."""
+        return batch.to(device, non_blocking=True)
+
+    # ---------------------------------------------------------------------------------------------- position
+
+    def position(self) -> tuple[int, int]:
+        """Return the epoch and the number of its batches that the trainer has completed.
+
+        Without a running trainer it is what ``set_position`` said.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.fit_loop._combined_loader is None:
+            return self._start
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if batches.processed >= trainer.num_training_batches:
+            # The counter keeps its end until the next epoch's first batch; epochs begun are all finished then.
+            return (epochs.started, 0)
+        return (epochs.processed, batches.processed)
+
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Let training start at batch ``batch`` of epoch ``epoch``; takes effect with the next training loader."""
+        self._start = (int(epoch), int(batch))
+
+    # ----------------------------------------------------------------------------------------------- summary
+
+    def summary(self) -> dict[str, Any]:
+        """Return what results say of the data, ready for JSON.
+
+        Returns:
+            ``parts``: rows, groups and, by task, labelled cells and mean label (rate of positives, share of a class) of
+            each output; ``sources``: name, dataset, rows, group and fingerprint; ``skipped``: number by reason;
+            ``notes``: sentences.
+        """
+        self.setup("test")
+        names = PARTS if self._fitted else (*PARTS, ALL)
+        parts: dict[str, Any] = {}
+        codes = [group_codes(s.table, self.protocol.group or s.group)[0] for s in self.sources]
+        for part in names:
+            try:
+                rows = self.part_rows(part)
+            except DataError:
+                continue  # A table that is only evaluated need not be splittable.
+            groups = sum(len(np.unique(code[chosen])) for code, chosen in zip(codes, rows, strict=True))
+            labels = {name: self._label_summary(task, rows) for name, task in self.tasks.items()}
+            parts[part] = {"rows": sum(len(chosen) for chosen in rows), "groups": groups, "labels": labels}
+        skipped = dict(self._dropped)
+        for source in self.sources:
+            for reason, count in source.skipped.items():
+                skipped[reason] = skipped.get(reason, 0) + int(count)
+        several = len(self.sources) > 1
+        notes = [f"{s.name}: {note}" if several else note for s in self.sources for note in s.notes]
+        return {
+            "parts": parts,
+            "sources": [
+                {
+                    "name": source.name,
+                    "dataset": source.table.metadata.get("dataset", source.name),
+                    "rows": len(source.table),
+                    "group": self.protocol.group or source.group,
+                    "fingerprint": source.table.fingerprint,
+                }
+                for source in self.sources
+            ],
+            "skipped": skipped,
+            "notes": [*notes, *self.notes],
+        }
+
+    def _label_summary(self, task: Task, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+        counts = count_labels(task, self.sources, rows)
+        if task.landmark_scheme is not None:
+            return {"labelled": int(counts.labelled.sum())}
+        means = np.divide(counts.total, counts.labelled, out=np.zeros(len(counts.total)), where=counts.labelled > 0)
+        return {
+            "labelled": dict(zip(task.outputs, counts.labelled.tolist(), strict=True)),
+            "mean": {
+                name: float(mean) if known else None
+                for name, mean, known in zip(task.outputs, means, counts.labelled, strict=True)
+            },
+        }
+
+
+def one_thread(worker: int) -> None:
+    """Keep OpenCV to one thread in a loading process: processes are the parallelism, threads would only compete."""
+    cv2.setNumThreads(0)
+
+
+def _needs_fit(task: Task) -> bool:
+    """Whether fitting would do anything, which spares the labels of every training row in memory at once."""
+    if type(task).fit is not Task.fit:
+        return True
+    return any(hasattr(part, "fit") for part in (task.loss, task.target) if part is not None)
