@@ -71,9 +71,9 @@ class FaceDials:
     pitch: tuple[float, float] = (-12.0, 12.0)
     yaw: tuple[float, float] = (-25.0, 25.0)
     roll: tuple[float, float] = (-10.0, 10.0)
-    zoom: tuple[float, float] = (0.85, 1.02)
+    zoom: tuple[float, float] = (0.78, 0.94)
     shift: float = 0.03
-    gaze: float = 15.0
+    gaze: float = 10.0
     light: float = 0.6
     occluder: float = 0.1
     glasses: float = 0.15

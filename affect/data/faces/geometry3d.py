@@ -45,8 +45,10 @@ MOUTH = (61, 40, 37, 0, 267, 270, 291, 321, 314, 17, 84, 91, 78, 81, 13, 311, 30
 EYE_CENTRE = np.array([-3.12, 2.62, 2.40])
 EYE_RADIUS = 1.45
 IRIS_RADIUS = 0.62
+JAW_ANGLE = 0.255
+"""Rotation of the jaw at full AU26, radians."""
 HEAD_CENTRE = np.array([0.0, 2.0, -2.5])
-PIVOT = np.array([0.0, -0.8, 0.5])
+PIVOT = np.array([0.0, 0.3, 0.5])
 NECK_PIVOT = np.array([0.0, -7.0, -4.0])
 
 PARTS = ("face", "skin", "hair", "eye", "teeth", "mouth", "cloth")
@@ -310,9 +312,7 @@ def _subdivision(count: int, triangles: np.ndarray, keep: float) -> tuple[csr_ma
     matrix = coo_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))), shape=shape).tocsr()
     a, b, c = triangles.T
     ab, bc, ca = side + count
-    fine = np.concatenate(
-        [np.stack(part, 1) for part in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))]
-    )
+    fine = np.concatenate([np.stack(part, 1) for part in ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))])
     return matrix, fine.astype(np.int32)
 
 
@@ -350,13 +350,24 @@ def _canonical() -> _Canonical:
         for a, b in {(upper, under), (int(mirror[upper]), int(mirror[under]))}:
             meet = 0.5 * (positions[a] + positions[b])
             seal[a], seal[b] = meet - positions[a], meet - positions[b]
-    ring = np.array([*INNER_UPPER_LIP, *mirror[list(INNER_UPPER_LIP)], *INNER_LOWER_LIP, *mirror[list(INNER_LOWER_LIP)]])
+    ring = np.array(
+        [*INNER_UPPER_LIP, *mirror[list(INNER_UPPER_LIP)], *INNER_LOWER_LIP, *mirror[list(INNER_LOWER_LIP)]]
+    )
     is_lower = lower > 0.5
     weight = np.exp(-0.5 * (((positions[:, None] - positions[None, ring]) / [0.45, 0.75, 1.5]) ** 2).sum(2))
     weight *= is_lower[:, None] == is_lower[None, ring]
     total = weight.sum(1, keepdims=True)
     spread = weight @ seal[ring] / np.maximum(total, 1e-9) * np.minimum(weight.max(1, keepdims=True), 1)
     spread[ring] = seal[ring]
+    # The model's brows stand high, and its eyes are narrow.
+    brow = np.maximum(
+        _gauss(positions, np.array([-3.2, 4.7, 4.4]), (2.6, 0.8, 3)),
+        _gauss(positions, np.array([3.2, 4.7, 4.4]), (2.6, 0.8, 3)),
+    )
+    spread[:, 1] -= 0.26 * brow
+    for row, sign in ((UPPER_LID, 0.07), (LOWER_LID, -0.05)):
+        index = [*row, *mirror[list(row)]]
+        spread[index, 1] += sign * np.clip(1 - ((np.abs(positions[index, 0]) - 3.12) / 1.4) ** 2, 0, 1)
     return _Canonical(positions + spread, uv, triangles, mirror, lower)
 
 
@@ -388,8 +399,11 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         field = np.zeros_like(p)
         for share, row, other in ((upper_share, lid_up, lid_low), (lower_share, lid_low, lid_up)):
             field[row] = share * (p[other] - p[row])
-            # Skin slides over the ball: it bulges while it passes the middle.
-            field[row, 2] += 0.10 * abs(share) * arch[row]
+            # A lid slides over the ball: its distance from the ball's axis stays.
+            away = p[row, 1:] - EYE_CENTRE[1:]
+            height = away[:, 0] + field[row, 1]
+            field[row, 2] = np.sqrt(np.maximum((away**2).sum(1) - height**2, 0)) - away[:, 1]
+            field[row, 2] += 0.03 * abs(share) * arch[row]
         crease = right((247, 30, 29, 27, 28, 56, 190))
         field[crease] += 0.5 * upper_share * (p[lid_low] - p[lid_up]) * [1, 1, 0.5]
         fold = right((113, 225, 224, 223, 222, 221, 189))
@@ -404,17 +418,24 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
     j_all = _smooth(-y, 2.2, 6.0)[:, None]
     near_mouth = np.exp(-0.5 * ((np.maximum(np.abs(x) - 1.6, 0) / 1.0) ** 2))[:, None]
     region = (y < -2.4)[:, None] & (np.abs(x) < 4.2)[:, None]
-    j_open = np.where(region, near_mouth * np.maximum(lower, _smooth(-y, 5.6, 7)[:, None]) + (1 - near_mouth) * j_all, j_all)
+    j_open = np.where(
+        region, near_mouth * np.maximum(lower, _smooth(-y, 5.6, 7)[:, None]) + (1 - near_mouth) * j_all, j_all
+    )
     lips_band = _gauss(p, np.array([0, -4.7, 5.2]), (2.6, 1.0, 3))[:, None]
     j_closed = np.where(region, _smooth(-y, 4.9, 7.4)[:, None] * near_mouth + (1 - near_mouth) * j_all, j_all)
-    angle = 0.255
-    jaw_sealed = _jaw(p, angle) * j_closed * 0.8
-    jaw_parted = _jaw(p, angle) * j_open
+    jaw_sealed = _jaw(p, JAW_ANGLE) * j_closed * 0.8
+    jaw_parted = _jaw(p, JAW_ANGLE) * j_open
     # The corners hang between the two lips and move in as the mouth grows tall.
     jaw_parted += move((61, (0.9, 0.8, 1.5), (0.25, -0.55, -0.1))) * (1 - lips_band * 0)
 
     brow_in = [(107, (1.5, 1.3, 3)), (55, (1.4, 1.1, 3)), (66, (1.2, 1.2, 3)), (65, (1.2, 1.0, 3))]
-    brow_out = [(70, (1.3, 1.2, 3)), (63, (1.2, 1.3, 3)), (53, (1.2, 1.0, 3)), (46, (1.2, 1.0, 3)), (105, (1.1, 1.3, 3))]
+    brow_out = [
+        (70, (1.3, 1.2, 3)),
+        (63, (1.2, 1.3, 3)),
+        (53, (1.2, 1.0, 3)),
+        (46, (1.2, 1.0, 3)),
+        (105, (1.1, 1.3, 3)),
+    ]
     rise = lambda rows, d: [(v, r, d) for v, r in rows]  # noqa: E731
     part_gap = np.where(c.lower[:, None] > 0.5, [[0, -0.62, -0.12]], [[0, 0.16, 0.03]])
     opening = np.exp(-0.5 * (np.maximum(np.abs(x) - 0.9, 0) / 0.75) ** 2)[:, None]
@@ -425,8 +446,8 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         1: move(*rise(brow_in, (0.08, 0.95, 0.08)), ((-1.7, 6.4, 4.9), (1.8, 0.9, 3), (0, 0.45, 0))),
         2: move(*rise(brow_out, (-0.05, 0.95, 0.0)), ((-4.6, 6.4, 3.6), (1.8, 0.9, 3), (0, 0.45, 0))),
         4: move(
-            *rise(brow_in, (0.42, -0.72, 0.18)),
-            *rise([(105, (1.1, 1.1, 3)), (52, (1.1, 1.0, 3))], (0.25, -0.55, 0.05)),
+            *rise(brow_in, (0.46, -0.82, 0.20)),
+            *rise([(105, (1.1, 1.1, 3)), (52, (1.1, 1.0, 3))], (0.25, -0.66, 0.05)),
             (9, (0.7, 0.8, 2), (0, -0.45, 0.12)),
         ),
         5: lids(-0.62, -0.10),
@@ -436,8 +457,8 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
             ((-5.4, 2.6, 2.4), (0.9, 0.9, 2), (0.22, 0.08, 0)),
             ((-4.9, 4.2, 3.2), (1.1, 0.8, 2), (0, -0.22, 0)),
         )
-        + lids(0.12, 0.26, 0.4),
-        7: lids(0.20, 0.40, 0.7),
+        + lids(0.05, 0.17, 0.4),
+        7: lids(0.16, 0.32, 0.7),
         9: move(
             *rise([(129, (0.9, 0.9, 1.8)), (198, (0.9, 0.9, 1.6)), (48, (0.7, 0.7, 1.2))], (-0.10, 0.55, 0.10)),
             (6, (0.9, 0.9, 2), (0, -0.18, 0.05)),
@@ -448,13 +469,21 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         + lids(0.08, 0.18),
         10: upper
         * move(
-            *rise([(0, (0.8, 0.75, 2)), (37, (0.8, 0.75, 2)), (39, (0.8, 0.8, 2)), (82, 0.7), (81, 0.7)], (0, 0.72, 0.12)),
+            *rise(
+                [(0, (0.8, 0.75, 2)), (37, (0.8, 0.75, 2)), (39, (0.8, 0.8, 2)), (82, 0.7), (81, 0.7)], (0, 0.72, 0.12)
+            ),
             (40, (0.8, 0.9, 2), (-0.1, 0.50, 0.05)),
         )
         + move((36, (1.1, 1.2, 2), (0.05, 0.42, 0.25)), (129, (0.7, 0.7, 1.4), (-0.12, 0.25, 0.03))),
         12: move(
-            *rise([(61, (0.95, 0.9, 1.8)), (78, (0.9, 0.9, 1.8)), (185, (0.9, 0.9, 1.8)), (146, (0.9, 0.9, 1.8))], (-0.95, 0.95, -0.55)),
-            *rise([(40, (0.8, 0.8, 1.5)), (91, (0.8, 0.8, 1.5)), (80, (0.7, 0.7, 1.5)), (88, (0.7, 0.7, 1.5))], (-0.50, 0.42, -0.35)),
+            *rise(
+                [(61, (0.95, 0.9, 1.8)), (78, (0.9, 0.9, 1.8)), (185, (0.9, 0.9, 1.8)), (146, (0.9, 0.9, 1.8))],
+                (-0.95, 0.95, -0.55),
+            ),
+            *rise(
+                [(40, (0.8, 0.8, 1.5)), (91, (0.8, 0.8, 1.5)), (80, (0.7, 0.7, 1.5)), (88, (0.7, 0.7, 1.5))],
+                (-0.50, 0.42, -0.35),
+            ),
             *rise([(205, (1.3, 1.3, 2)), (50, (1.4, 1.3, 2))], (-0.22, 0.55, 0.38)),
             ((-3.6, -3.4, 4.1), (0.9, 1.0, 2), (-0.5, 0.55, 0.1)),
             (84, (0.7, 0.7, 1.5), (0, 0.05, -0.18)),
@@ -466,13 +495,19 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
             ((-4.6, -3.6, 3.4), (1.0, 1.2, 1.5), (-0.1, 0.1, 0.22)),
         ),
         15: move(
-            *rise([(61, (0.85, 0.8, 1.6)), (78, (0.85, 0.8, 1.6)), (146, (0.8, 0.8, 1.6)), (185, (0.8, 0.7, 1.6))], (-0.10, -0.92, -0.05)),
-            *rise([(91, (0.8, 0.8, 1.5)), (40, (0.8, 0.7, 1.5))], (0, -0.42, 0)),
+            *rise(
+                [(v, (1.05, 1.1, 2)) for v in (61, 78, 146, 185)],
+                (-0.14, -0.90, -0.08),
+            ),
+            *rise([(v, (0.8, 1.0, 2)) for v in (91, 40, 80, 88)], (-0.05, -0.42, -0.02)),
+            *rise([(v, (0.8, 0.9, 2)) for v in (84, 37, 13)], (0, -0.06, 0.05)),
             ((-3.0, -5.6, 4.0), (0.9, 0.9, 2), (-0.1, -0.40, 0.1)),
         ),
         17: lower
         * move(
-            *rise([(17, (1.2, 0.8, 2)), (84, (1.1, 0.8, 2)), (14, (1.1, 0.7, 2)), (18, (1.2, 0.9, 2))], (0, 0.52, 0.30)),
+            *rise(
+                [(17, (1.2, 0.8, 2)), (84, (1.1, 0.8, 2)), (14, (1.1, 0.7, 2)), (18, (1.2, 0.9, 2))], (0, 0.52, 0.30)
+            ),
         )
         + upper * move((13, (1.1, 0.6, 2), (0, 0.26, 0.12)), (0, (1.1, 0.6, 2), (0, 0.18, 0.10)))
         + move((199, (1.5, 1.1, 2), (0, 0.55, 0.20)), (200, (1.4, 0.9, 2), (0, 0.55, -0.05))),
@@ -487,17 +522,25 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         + move((0, (1.2, 0.6, 1.5), (0, 0, 0.06)), (17, (1.2, 0.6, 1.5), (0, 0, 0.06))),
         24: 0.55 * thin
         + move(
-            *rise([(0, (1.6, 0.6, 1.5)), (17, (1.6, 0.6, 1.5)), (37, (1, 0.6, 1.5)), (84, (1, 0.6, 1.5))], (0, 0, -0.42)),
+            *rise(
+                [(0, (1.6, 0.6, 1.5)), (17, (1.6, 0.6, 1.5)), (37, (1, 0.6, 1.5)), (84, (1, 0.6, 1.5))], (0, 0, -0.42)
+            ),
             (61, (0.8, 0.8, 1.5), (-0.12, -0.06, -0.2)),
             (200, (1.3, 0.7, 1.5), (0, 0.18, 0.22)),
             (164, (1.2, 0.6, 1.5), (0, -0.12, 0.18)),
         ),
         25: part,
         26: jaw_sealed,
-        43: lids(0.80, 0.16),
+        43: lids(0.90, 0.14),
     }
+    # The brows pull the fold above the eye with them but not the lid itself.
+    above = _smooth(y, 3.0, 4.2)[:, None]
+    for au in (1, 2, 4):
+        fields[au] *= np.where(y[:, None] > 2.0, 0.06 + 0.94 * above, 1)
     size = _identity_fields(p)[IDENTITY.index("eye_size")]
-    near_eye = np.maximum(_gauss(p, np.array([-3.12, 2.62, 3.8]), (1.8, 0.8, 2)), _gauss(p, np.array([3.12, 2.62, 3.8]), (1.8, 0.8, 2)))
+    near_eye = np.maximum(
+        _gauss(p, np.array([-3.12, 2.62, 3.8]), (1.8, 0.8, 2)), _gauss(p, np.array([3.12, 2.62, 3.8]), (1.8, 0.8, 2))
+    )
     products = {
         "jaw_lips": jaw_parted - jaw_sealed,
         "lid_follow": lids(0.55, -0.12),
@@ -545,7 +588,7 @@ def _ear() -> tuple[np.ndarray, np.ndarray]:
     rings = []
     for scale, out in ((1.0, 0.25), (0.97, 1.05), (0.78, 0.85), (0.55, 0.35), (0.2, 0.2)):
         lift = out * (0.55 + 0.45 * -np.cos(t))  # the rear edge stands off the head
-        rings.append(np.stack([-7.45 - lift, 1.1 + scale * shape_y, -3.6 + scale * shape_z], 1))
+        rings.append(np.stack([-7.05 - 1.15 * lift, 1.1 + scale * shape_y, -3.6 + scale * shape_z], 1))
     return np.concatenate(rings), _grid(5, columns, True)
 
 
@@ -577,7 +620,21 @@ def face_model() -> FaceModel:
     positions, triangles, part, texture, occlusion = [], [], [], [], []
     spans: dict[str, slice] = {}
 
-    def add(name: str, points: np.ndarray, faces: np.ndarray, kind: str, uv: np.ndarray, light: np.ndarray | float = 1.0) -> slice:
+    two_sided: list[np.ndarray] = []
+
+    def add(
+        name: str,
+        points: np.ndarray,
+        faces: np.ndarray,
+        kind: str,
+        uv: np.ndarray,
+        light: np.ndarray | float = 1.0,
+        sheet: bool = False,
+    ) -> slice:
+        """Add a piece of the mesh; a ``sheet`` is seen from either side and lit as its first side."""
+        two_sided.append(np.concatenate([np.zeros(len(faces), bool), np.ones(len(faces) * sheet, bool)]))
+        if sheet:
+            faces = np.concatenate([faces, faces[:, [0, 2, 1]]])
         start = sum(len(block) for block in positions)
         positions.append(points)
         triangles.append(faces + start)
@@ -595,58 +652,129 @@ def face_model() -> FaceModel:
     rings = np.concatenate([oval[None], _skull(oval)])
     skull = rings.reshape(-1, 3)
     faces = _outward(skull, _grid(len(rings), 36, True), HEAD_CENTRE)
-    add("skull", skull, faces, "skin", np.zeros((len(skull), 2)), 0.95 - 0.5 * _smooth(-skull[:, 1], 5, 10) * (skull[:, 2] < 3))
+    add(
+        "skull",
+        skull,
+        faces,
+        "skin",
+        np.zeros((len(skull), 2)),
+        0.95 - 0.5 * _smooth(-skull[:, 1], 5, 10) * (skull[:, 2] < 3),
+    )
 
     ear, ear_faces = _ear()
     ear_light = np.repeat([0.8, 1.0, 0.85, 0.6, 0.45], 16)
     for name, sign in (("ear_right", 1), ("ear_left", -1)):
         points = ear * [sign, 1, 1]
-        add(name, points, _outward(points, ear_faces, np.array([-4.0 * sign, 1.1, -3.2])), "skin", np.zeros((80, 2)), ear_light)
+        add(
+            name,
+            points,
+            _outward(points, ear_faces, np.array([-4.0 * sign, 1.1, -3.2])),
+            "skin",
+            np.zeros((80, 2)),
+            ear_light,
+        )
 
     # Neck and shoulders.
     t = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     heights = np.array([-5.0, -8.0, -10.5, -13.0, -15.0])
-    wide = np.array([5.3, 5.2, 5.2, 5.5, 6.6])
+    wide = np.array([4.9, 4.7, 4.7, 5.1, 6.4])
     deep = np.array([4.6, 4.7, 4.8, 5.0, 5.2])
     neck = np.concatenate(
-        [np.stack([w * np.sin(t), 0 * t + h, -4.2 + d * np.cos(t)], 1) for h, w, d in zip(heights, wide, deep, strict=True)]
+        [
+            np.stack([w * np.sin(t), 0 * t + h, -4.2 + d * np.cos(t)], 1)
+            for h, w, d in zip(heights, wide, deep, strict=True)
+        ]
     )
     shade = np.repeat([0.42, 0.5, 0.68, 0.85, 0.95], 28)
-    add("neck", neck, _outward(neck, _grid(5, 28, True), np.array([0, -10, -4.2])), "skin", np.zeros((len(neck), 2)), shade)
-    profile = [(-13.6, 6.0, 5.2), (-14.6, 8.5, 6.0), (-15.6, 13.0, 7.0), (-17.0, 18.5, 7.6), (-20.0, 21.5, 8.2), (-30.0, 23.0, 9.0)]
-    cloth = np.concatenate([np.stack([w * np.sin(t), 0 * t + h - 1.0 * np.maximum(np.cos(t), 0), -4.6 + d * np.cos(t)], 1) for h, w, d in profile])
+    add(
+        "neck",
+        neck,
+        _outward(neck, _grid(5, 28, True), np.array([0, -10, -4.2])),
+        "skin",
+        np.zeros((len(neck), 2)),
+        shade,
+    )
+    profile = [
+        (-13.6, 6.0, 5.2),
+        (-14.6, 8.5, 6.0),
+        (-15.6, 13.0, 7.0),
+        (-17.0, 18.5, 7.6),
+        (-20.0, 21.5, 8.2),
+        (-30.0, 23.0, 9.0),
+    ]
+    cloth = np.concatenate(
+        [
+            np.stack([w * np.sin(t), 0 * t + h - 1.0 * np.maximum(np.cos(t), 0), -4.6 + d * np.cos(t)], 1)
+            for h, w, d in profile
+        ]
+    )
     cloth_uv = np.stack([np.tile(t / (2 * np.pi), 6), np.repeat(np.linspace(0, 1, 6), 28)], 1)
     add("cloth", cloth, _outward(cloth, _grid(6, 28, True), np.array([0, -24, -4.6])), "cloth", cloth_uv)
 
     # Hair: a cap over the skull, displaced per hairstyle by the renderer, and a curtain for long hair.
-    hair_face = np.stack([oval * (1 - s) + np.array([0, 2.5, 3.5]) * s for s in (0.30, 0.2, 0.1)])
+    hair_face = np.stack([oval * (1 - s) + np.array([0, 2.5, 3.5]) * s for s in (0.40, 0.30, 0.2, 0.1)])
     hair_rings = np.concatenate([hair_face, rings])
     hair = hair_rings.reshape(-1, 3)
-    hair_uv = np.stack([np.tile(np.abs(np.linspace(-1, 1, 36, endpoint=False)), len(hair_rings)), np.repeat(np.linspace(0, 1, len(hair_rings)), 36)], 1)
-    add("hair", hair, _outward(hair, _grid(len(hair_rings), 36, True), HEAD_CENTRE), "hair", hair_uv)
+    hair_uv = np.stack(
+        [
+            np.tile(np.abs(np.linspace(-1, 1, 36, endpoint=False)), len(hair_rings)),
+            np.repeat(np.linspace(0, 1, len(hair_rings)), 36),
+        ],
+        1,
+    )
+    hair_faces = _outward(hair, _grid(len(hair_rings), 36, True), HEAD_CENTRE)
+    on_jaw = ((hair[:, 1] < -1.5) & (hair[:, 2] > -2.4))[hair_faces].any(1)
+    add("hair", hair, hair_faces[~on_jaw], "hair", hair_uv)
     around = np.radians(np.linspace(62, 298, 30))
     drop = np.linspace(0, 1, 9)
     curtain = np.stack(
         [
-            np.stack([-8.7 * np.sin(around), 0 * around + 6.0 - 20.0 * s, -2.6 + 8.8 * np.cos(around)], 1) * [1 + 0.10 * np.sin(np.pi * s), 1, 1]
+            np.stack([-8.7 * np.sin(around), 0 * around + 6.0 - 20.0 * s, -2.6 + 8.8 * np.cos(around)], 1)
+            * [1 + 0.10 * np.sin(np.pi * s), 1, 1]
             for s in drop
         ]
     ).reshape(-1, 3)
     curtain_uv = np.stack([np.tile(np.linspace(0, 1, 30), 9), np.repeat(drop, 30)], 1)
-    add("curtain", curtain, _outward(curtain, _grid(9, 30, False), np.array([0, 0, -2.6])), "hair", curtain_uv, 0.9)
+    add(
+        "curtain",
+        curtain,
+        _outward(curtain, _grid(9, 30, False), np.array([0, 0, -2.6])),
+        "hair",
+        curtain_uv,
+        0.85,
+        sheet=True,
+    )
 
     # Eyes: front halves of two balls whose pole looks forward; the second coordinate is the angle from the pole.
-    polar = np.radians([0.5, 6, 10, 14, 18, 22, 24.5, 27, 33, 42, 52, 64, 78])
-    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    polar = np.radians([0.5, 7, 12, 18, 23, 27, 36, 50, 66, 84])
+    turn = np.linspace(0, 2 * np.pi, 20, endpoint=False)
     ball = np.stack(
-        [np.sin(polar)[:, None] * np.cos(turn), np.sin(polar)[:, None] * np.sin(turn), np.cos(polar)[:, None] + 0 * turn], -1
+        [
+            np.sin(polar)[:, None] * np.cos(turn),
+            np.sin(polar)[:, None] * np.sin(turn),
+            np.cos(polar)[:, None] + 0 * turn,
+        ],
+        -1,
     ).reshape(-1, 3)
-    eye_uv = np.stack([np.tile(turn / (2 * np.pi), len(polar)), np.repeat(polar / (np.pi / 2), 24)], 1)
-    eye_faces = _outward(ball, _grid(len(polar), 24, True), np.zeros(3))
+    eye_uv = np.stack([np.tile(turn / (2 * np.pi), len(polar)), np.repeat(polar / (np.pi / 2), 20)], 1)
+    eye_faces = _outward(ball, _grid(len(polar), 20, True), np.zeros(3))
     eyes = []
     for name, sign in (("eye_right", 1), ("eye_left", -1)):
         span = add(name, EYE_CENTRE * [sign, 1, 1] + EYE_RADIUS * ball, eye_faces, "eye", eye_uv)
         eyes.append(np.arange(span.start, span.stop))
+
+    # Sockets: the thickness of the lids, from their edge backwards, so that a wide eye shows no gap beside the ball.
+    socket_rings = []
+    for name, sign in (("socket_right", 1), ("socket_left", -1)):
+        row = [*EYE_RING] if sign == 1 else [int(c.mirror[v]) for v in EYE_RING]
+        edge = matrix[row] @ c.positions
+        middle = EYE_CENTRE * [sign, 1, 1]
+        inside = (edge - middle) * [1.12, 1.25, 1] + middle - [0, 0, 0.9]
+        socket = np.concatenate([edge, inside])
+        light = np.repeat([0.62, 0.25], len(row))
+        faces = _outward(socket, _grid(2, len(row), True), middle + [0, 0, 0.6])[:, [0, 2, 1]]
+        add(name, socket, faces, "skin", np.zeros((len(socket), 2)), light, sheet=True)
+        socket_rings.append(row)
 
     # Mouth: a bag behind the lips, two rows of teeth and a tongue.
     upper_ring = [78, *INNER_UPPER_LIP, *(int(c.mirror[v]) for v in INNER_UPPER_LIP[-2::-1]), 308]
@@ -654,21 +782,56 @@ def face_model() -> FaceModel:
     ring = [*upper_ring, *lower_ring]
     rim = matrix[ring] @ c.positions
     middle = np.array([0, -4.3, 3.0])
-    bag = np.concatenate([rim, rim * [0.98, 1, 1] - [0, 0, 0.5], (rim - middle) * [0.85, 1.1, 0] + [0, -4.3, 2.6], (rim - middle) * [0.3, 0.3, 0] + [0, -4.3, 1.2]])
+    bag = np.concatenate(
+        [
+            rim,
+            rim * [0.98, 1, 1] - [0, 0, 0.5],
+            (rim - middle) * [0.85, 1.1, 0] + [0, -4.3, 2.6],
+            (rim - middle) * [0.02, 0.02, 0] + [0, -4.3, 1.4],
+        ]
+    )
     bag[2 * len(ring) : 3 * len(ring), 1] += np.where(np.arange(len(ring)) < len(upper_ring), 0.5, -0.5)
     bag_faces = _outward(bag, _grid(4, len(ring), True), np.array([0, -4.3, 3.4]))[:, [0, 2, 1]]
     bag_light = np.repeat([0.55, 0.35, 0.16, 0.05], len(ring))
     bag_uv = np.stack([np.zeros(len(bag)), np.repeat([0.0, 0.35, 0.7, 1.0], len(ring))], 1)
-    add("mouth", bag, bag_faces, "mouth", bag_uv, bag_light)
+    add("mouth", bag, bag_faces, "mouth", bag_uv, bag_light, sheet=True)
     across = np.linspace(-2.3, 2.3, 25)
-    for name, top, bottom, depth, bright in (("teeth_upper", -3.35, -4.42, 4.72, 0.95), ("teeth_lower", -4.38, -5.3, 4.5, 0.75)):
+    for name, top, bottom, depth, bright in (
+        ("teeth_upper", -3.30, -4.62, 4.66, 0.95),
+        ("teeth_lower", -4.72, -5.6, 4.45, 0.62),
+    ):
         arc = depth - 0.33 * across**2
-        teeth = np.concatenate([np.stack([across, 0 * across + h, arc + b], 1) for h, b in ((top, -0.1), ((top + bottom) / 2, 0.05), (bottom, 0.0))])
-        teeth_uv = np.stack([np.tile((across + 2.3) / 4.6, 3), np.repeat([0.0, 0.5, 1.0], 25) if top > -4 else np.repeat([1.0, 0.5, 0.0], 25)], 1)
-        add(name, teeth, _outward(teeth, _grid(3, 25, False), np.array([0, teeth[:, 1].mean(), 0])), "teeth", teeth_uv, bright * (1 - 0.45 * np.tile((across / 2.3) ** 2, 3)))
+        teeth = np.concatenate(
+            [
+                np.stack([across, 0 * across + h, arc + b], 1)
+                for h, b in ((top, -0.1), ((top + bottom) / 2, 0.05), (bottom, 0.0))
+            ]
+        )
+        teeth_uv = np.stack(
+            [
+                np.tile((across + 2.3) / 4.6, 3),
+                np.repeat([0.0, 0.5, 1.0], 25) if top > -4 else np.repeat([1.0, 0.5, 0.0], 25),
+            ],
+            1,
+        )
+        add(
+            name,
+            teeth,
+            _outward(teeth, _grid(3, 25, False), np.array([0, teeth[:, 1].mean(), 0])),
+            "teeth",
+            teeth_uv,
+            bright * (1 - 0.45 * np.tile((across / 2.3) ** 2, 3)),
+        )
     flat_x, flat_z = np.meshgrid(np.linspace(-1.5, 1.5, 9), np.linspace(1.0, 4.0, 6))
     tongue = np.stack([flat_x, -5.15 - 0.18 * flat_x**2 - 0.12 * (flat_z - 2.5) ** 2, flat_z], -1).reshape(-1, 3)
-    add("tongue", tongue, _outward(tongue, _grid(6, 9, False), np.array([0, -9, 2.5])), "mouth", np.stack([np.ones(54), np.zeros(54)], 1), 0.45)
+    add(
+        "tongue",
+        tongue,
+        _outward(tongue, _grid(6, 9, False), np.array([0, -9, 2.5])),
+        "mouth",
+        np.stack([np.ones(54), np.zeros(54)], 1),
+        0.45,
+    )
 
     rest = np.concatenate(positions)
     count = len(rest)
@@ -687,41 +850,43 @@ def face_model() -> FaceModel:
             basis[IDENTITY.index(quiet), spans[name]] = 0
     share_right = 1 / (1 + np.exp(rest[: len(face), 0] / 0.35))
     first = len(IDENTITY)
-    follow = {"skull": slice(0, 36)}
     outline_rows = np.array(OVAL)
     skull_fade = np.repeat(np.linspace(1, 0, len(rings)) ** 1.5, 36)[:, None]
-    for k, au in enumerate(ACTION_UNITS):
-        for s, share in enumerate((share_right, 1 - share_right)):
-            field = au_face[au] * share[:, None]
-            row = first + s * len(ACTION_UNITS) + k
-            basis[row, spans["face"]] = field
-            basis[row, spans["skull"]] = np.tile(field[outline_rows], (len(rings), 1)) * skull_fade
-            basis[row, spans["hair"]][: 3 * 36] = 0
-            mouth = basis[row, spans["mouth"]]
-            mouth[:] = np.concatenate([field[ring], field[ring], field[ring] * 0.8, field[ring] * 0.3])
-            if au == 26:
-                low = _jaw(rest, 0.255) * (0.5 * 0.8)
-                basis[row, spans["teeth_lower"]] = low[spans["teeth_lower"]]
-                basis[row, spans["tongue"]] = low[spans["tongue"]] * 0.9
-    for k, name in enumerate(PRODUCTS):
-        row = first + 2 * len(ACTION_UNITS) + k
-        field = product_face[name]
+
+    def attach(row: int, field: np.ndarray) -> None:
+        """Store a face's displacement, and what hangs on the face's borders."""
         basis[row, spans["face"]] = field
         basis[row, spans["skull"]] = np.tile(field[outline_rows], (len(rings), 1)) * skull_fade
         basis[row, spans["mouth"]] = np.concatenate([field[ring], field[ring], field[ring] * 0.8, field[ring] * 0.3])
+        for name, edge in zip(("socket_right", "socket_left"), socket_rings, strict=True):
+            basis[row, spans[name]] = np.concatenate([field[edge], field[edge]])
+
+    def drop_jaw(row: int, share: float) -> None:
+        low = _jaw(rest, JAW_ANGLE) * share
+        basis[row, spans["teeth_lower"]] = low[spans["teeth_lower"]]
+        basis[row, spans["tongue"]] = low[spans["tongue"]] * 0.95
+
+    for k, au in enumerate(ACTION_UNITS):
+        for s, share in enumerate((share_right, 1 - share_right)):
+            row = first + s * len(ACTION_UNITS) + k
+            attach(row, au_face[au] * share[:, None])
+            if au == 26:
+                drop_jaw(row, 0.5 * 0.8)
+    for k, name in enumerate(PRODUCTS):
+        row = first + 2 * len(ACTION_UNITS) + k
+        attach(row, product_face[name])
         if name == "jaw_lips":
-            low = _jaw(rest, 0.255) * 0.2
-            basis[row, spans["teeth_lower"]] = low[spans["teeth_lower"]]
-            basis[row, spans["tongue"]] = low[spans["tongue"]]
+            drop_jaw(row, 0.2)
 
     rigid = np.ones(count)
     rigid[spans["neck"]] = np.repeat([0.95, 0.75, 0.5, 0.25, 0.1], 28)
     rigid[spans["cloth"]] = 0.0
     rigid[spans["curtain"]] = np.repeat(np.clip(1.15 - 1.1 * drop, 0, 1), 30)
     all_triangles = np.concatenate(triangles).astype(np.int32)
-    t_count = len(all_triangles)
+    lit = np.flatnonzero(~np.concatenate(two_sided))
+    corners = all_triangles[lit].T.ravel()
     normals = coo_matrix(
-        (np.ones(3 * t_count, np.float32), (all_triangles.T.ravel(), np.tile(np.arange(t_count), 3))), shape=(count, t_count)
+        (np.ones(len(corners), np.float32), (corners, np.tile(lit, 3))), shape=(count, len(all_triangles))
     ).tocsr()
     points, point_vertices, slices = _points(c, matrix, face)
     return FaceModel(

@@ -31,7 +31,7 @@ from affect.data.faces.geometry3d import (
 )
 from affect.data.faces.sample import HAIR_STYLES, OCCLUDERS, Parameters, points_of
 
-_TEXELS = 384
+_TEXELS = 320
 _PART = {name: k for k, name in enumerate(PARTS)}
 _AU = {au: k for k, au in enumerate(ACTION_UNITS)}
 
@@ -39,11 +39,13 @@ _SKIN = np.array(
     [[246, 208, 186], [236, 190, 160], [222, 168, 132], [196, 138, 100], [160, 104, 72], [118, 74, 50], [82, 52, 38]],
     np.float32,
 )
-_EYES = np.array([[66, 40, 22], [96, 62, 34], [120, 98, 52], [96, 118, 84], [92, 128, 150], [110, 146, 178]], np.float32)
+_EYES = np.array(
+    [[66, 40, 22], [96, 62, 34], [120, 98, 52], [96, 118, 84], [92, 128, 150], [110, 146, 178]], np.float32
+)
 
 WRINKLES = MappingProxyType(
     {
-        "forehead": ((1, 0.8), (2, 0.8)),
+        "forehead": ((1, 0.5), (2, 0.5)),
         "glabella": ((4, 1.0), (9, 0.4)),
         "crow": ((6, 1.0), (12, 0.25), (7, 0.2)),
         "under_eye": ((6, 0.7), (7, 0.8), (9, 0.3)),
@@ -57,7 +59,20 @@ WRINKLES = MappingProxyType(
 )
 """Skin folds and how much each action unit deepens them (at full intensity)."""
 
-_CHANNELS = ("lips", "brow", "lash", "beard", "moustache", "nostril", "shade", "red", "freckles", "grain", "socket", "tone")
+_CHANNELS = (
+    "lips",
+    "brow",
+    "lash",
+    "beard",
+    "moustache",
+    "nostril",
+    "shade",
+    "red",
+    "freckles",
+    "grain",
+    "socket",
+    "tone",
+)
 
 
 class _Atlas(NamedTuple):
@@ -82,7 +97,15 @@ def _atlas() -> _Atlas:
         rows = [row] if isinstance(row, np.ndarray) or not both else [row, mirror(row)]
         for r in rows:
             corner = r if isinstance(r, np.ndarray) else place[list(r)]
-            cv2.polylines(canvas, [np.round(corner * 16).astype(np.int32)], False, 1.0, max(1, round(width * size)), cv2.LINE_AA, 4)
+            cv2.polylines(
+                canvas,
+                [np.round(corner * 16).astype(np.int32)],
+                False,
+                1.0,
+                max(1, round(width * size)),
+                cv2.LINE_AA,
+                4,
+            )
         return cv2.GaussianBlur(canvas, (0, 0), blur * size)
 
     def area(row: list[int] | tuple[int, ...], blur: float, both: bool = True) -> np.ndarray:
@@ -96,14 +119,21 @@ def _atlas() -> _Atlas:
         total = np.zeros((size, size), np.float32)
         for v, s in ((vertex, 1), (_mirror()[vertex], -1)):
             cx, cy = place[v] + np.array([offset[0] * s, offset[1]]) * size
-            total = np.maximum(total, np.exp(-0.5 * (((xx - cx) / (radius[0] * size)) ** 2 + ((yy - cy) / (radius[1] * size)) ** 2)))
+            total = np.maximum(
+                total, np.exp(-0.5 * (((xx - cx) / (radius[0] * size)) ** 2 + ((yy - cy) / (radius[1] * size)) ** 2))
+            )
         return total.astype(np.float32)
 
     def noise(cell: float, octaves: int = 1) -> np.ndarray:
         total = np.zeros((size, size), np.float32)
         for octave in range(octaves):
             n = max(2, round(size / (cell * size) * 2**octave))
-            total += cv2.resize(random.standard_normal((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC) / 1.6**octave
+            total += (
+                cv2.resize(
+                    random.standard_normal((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC
+                )
+                / 1.6**octave
+            )
         return total / total.std()
 
     outer = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146]
@@ -121,12 +151,20 @@ def _atlas() -> _Atlas:
             window = (slice(max(int(cy) - reach, 0), int(cy) + reach), slice(max(int(cx) - reach, 0), int(cx) + reach))
             d = np.hypot((xx[window] - cx) * 0.8, yy[window] - cy) / half
             brow[window] = np.minimum(brow[window], d)
-    brow = np.minimum(brow, 9) + 0.22 * noise(0.008)
-    lash = line([33, 246, 161, 160, 159, 158, 157, 173, 133], 0.010, 0.0016) + 0.45 * line([33, 7, 163, 144, 145, 153, 154, 155], 0.006, 0.0016)
-    beard = area([127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 17, 91, 61, 212, 207, 187, 147, 137], 0.016)
-    beard = np.maximum(beard, area([61, 91, 84, 17, 314, 321, 291, 335, 421, 377, 152, 148, 201, 106], 0.012, both=False))
+    brow = np.minimum(brow, 9) + 0.16 * noise(0.005)
+    lash = line([33, 246, 161, 160, 159, 158, 157, 173, 133], 0.010, 0.0016) + 0.45 * line(
+        [33, 7, 163, 144, 145, 153, 154, 155], 0.006, 0.0016
+    )
+    beard = area(
+        [127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 17, 91, 61, 212, 207, 187, 147, 137], 0.016
+    )
+    beard = np.maximum(
+        beard, area([61, 91, 84, 17, 314, 321, 291, 335, 421, 377, 152, 148, 201, 106], 0.012, both=False)
+    )
     beard *= 1 - cv2.dilate(lips, np.ones((3, 3)))
-    moustache = area([61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 410, 322, 391, 393, 164, 167, 165, 92, 186], 0.008, both=False)
+    moustache = area(
+        [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 410, 322, 391, 393, 164, 167, 165, 92, 186], 0.008, both=False
+    )
     moustache *= 1 - lips
     nostril = spot(60, (0.011, 0.007), (-0.004, -0.010))
     shade = np.zeros((size, size), np.float32)
@@ -147,11 +185,19 @@ def _atlas() -> _Atlas:
     socket = np.maximum(spot(230, (0.055, 0.022), (0, 0.0)), 0.7 * spot(221, (0.035, 0.02)))
     fine = random.standard_normal((size, size)).astype(np.float32)
     speck = cv2.GaussianBlur(fine, (0, 0), 1.1)
-    speck = np.clip(speck / speck.std() - 1.5, 0, 1.5) * np.clip(spot(118, (0.12, 0.07), (0.05, 0)) + spot(195, (0.05, 0.07)), 0, 1)
+    speck = np.clip(speck / speck.std() - 1.5, 0, 1.5) * np.clip(
+        spot(118, (0.12, 0.07), (0.05, 0)) + spot(195, (0.05, 0.07)), 0, 1
+    )
     grain = cv2.GaussianBlur(fine, (0, 0), 0.8)
     grain /= grain.std()
     tone = noise(0.10, 3)
-    painted = dict(zip(_CHANNELS, (lips, brow, lash, beard, moustache, nostril, shade, red, speck, grain, socket, tone), strict=True))
+    painted = dict(
+        zip(
+            _CHANNELS,
+            (lips, brow, lash, beard, moustache, nostril, shade, red, speck, grain, socket, tone),
+            strict=True,
+        )
+    )
     blotches = np.stack([noise(0.25, 2) for _ in range(6)])
 
     def between(rows: list[tuple[int, int, float]]) -> np.ndarray:
@@ -159,19 +205,30 @@ def _atlas() -> _Atlas:
 
     forehead = [np.array([place[v] for v in row]) for row in ([71, 68, 104, 69, 108, 151, 337, 299, 333, 298, 301],)]
     brows_top = np.array([place[v] for v in [156, 70, 63, 105, 66, 107, 9, 336, 296, 334, 293, 300, 383]])
-    lines_forehead = [forehead[0][1:-1], 0.5 * (forehead[0][1:-1] + brows_top[2:-2]), 1.45 * forehead[0][2:-2] - 0.45 * brows_top[3:-3]]
+    lines_forehead = [
+        forehead[0][1:-1],
+        0.5 * (forehead[0][1:-1] + brows_top[2:-2]),
+        1.45 * forehead[0][2:-2] - 0.45 * brows_top[3:-3],
+    ]
     folds = {
         "forehead": sum(line(row, 0.005, 0.0042) for row in lines_forehead),
         "glabella": line(between([(107, 9, 0.35), (55, 8, 0.35), (55, 8, 0.5)]), 0.006, 0.004)
         + line(between([(336, 9, 0.35), (285, 8, 0.35), (285, 8, 0.5)]), 0.006, 0.004)
         + 0.7 * line(between([(122, 6, 0.2), (6, 6, 0), (351, 6, 0.2)]), 0.005, 0.004),
-        "crow": line([33, 226, 143], 0.004, 0.0032) + line([130, 35, 111], 0.004, 0.0032) + line([247, 113, 156], 0.004, 0.0032),
-        "under_eye": line([35, 31, 228, 229, 230, 231, 232], 0.006, 0.0045) + 0.6 * line([33, 25, 110, 24, 23, 22, 26], 0.004, 0.003),
+        "crow": line([33, 226, 143], 0.004, 0.0032)
+        + line([130, 35, 111], 0.004, 0.0032)
+        + line([247, 113, 156], 0.004, 0.0032),
+        "under_eye": line([35, 31, 228, 229, 230, 231, 232], 0.006, 0.0045)
+        + 0.6 * line([33, 25, 110, 24, 23, 22, 26], 0.004, 0.003),
         "nasolabial": line([129, 203, 206, 216, 212], 0.009, 0.0075),
-        "nose": line([193, 122, 196], 0.004, 0.0035) + line([245, 188, 174], 0.004, 0.0035) + line([8, 193], 0.004, 0.004) + line(between([(122, 6, 0.0), (6, 6, 0), (351, 6, 0.0)]), 0.004, 0.0035),
-        "corner": line([76, 61, 57, 43], 0.007, 0.006) + line([186, 57, 43], 0.006, 0.005),
-        "marionette": line([61, 43, 202, 204], 0.007, 0.006),
-        "chin": line([194, 201, 200, 421, 418], 0.008, 0.007, both=False) + np.clip(noise(0.02), 0, 2) * area([194, 201, 200, 421, 418, 262, 428, 199, 208, 32], 0.02, both=False) * 0.35,
+        "nose": line([193, 122, 196], 0.004, 0.0035)
+        + line([245, 188, 174], 0.004, 0.0035)
+        + line([8, 193], 0.004, 0.004)
+        + line(between([(122, 6, 0.0), (6, 6, 0), (351, 6, 0.0)]), 0.004, 0.0035),
+        "corner": line([76, 61, 57], 0.010, 0.010) + 0.7 * line([186, 57, 43], 0.010, 0.010),
+        "marionette": line([57, 43, 202, 204], 0.010, 0.010),
+        "chin": line([194, 201, 200, 421, 418], 0.008, 0.007, both=False)
+        + np.clip(noise(0.02), 0, 2) * area([194, 201, 200, 421, 418, 262, 428, 199, 208, 32], 0.02, both=False) * 0.12,
         "lip_sides": line([0, 37, 39, 40, 185, 61], 0.006, 0.006) + line([17, 84, 181, 91, 146, 61], 0.007, 0.006),
     }
     stacked = []
@@ -188,7 +245,9 @@ def _atlas() -> _Atlas:
     coarse = random.standard_normal((8, 256)).astype(np.float32)
     strands = cv2.resize(coarse, (256, 256), interpolation=cv2.INTER_CUBIC)
     strands = cv2.GaussianBlur(strands, (0, 0), sigmaX=0.7, sigmaY=6)
-    strands = strands / strands.std() + cv2.resize(random.standard_normal((4, 40)).astype(np.float32), (256, 256), interpolation=cv2.INTER_CUBIC)
+    strands = strands / strands.std() + cv2.resize(
+        random.standard_normal((4, 40)).astype(np.float32), (256, 256), interpolation=cv2.INTER_CUBIC
+    )
     return _Atlas(
         np.ascontiguousarray(maps.reshape(size * size, -1)),
         wrinkle_au,
@@ -211,7 +270,7 @@ def _mirror() -> dict[int, int]:
 class _Shape(NamedTuple):
     camera: np.ndarray  # (V, 3) camera coordinates, viewer at z = distance
     occlusion: np.ndarray  # (V,)
-    triangles: np.ndarray  # (T, 3)
+    shown: np.ndarray  # (T,) triangles of the mesh that this hairstyle has
 
 
 @cache
@@ -225,7 +284,8 @@ def _hair_limits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _triangles(cap: bool, curtain: bool) -> np.ndarray:
+def _shown(cap: bool, curtain: bool) -> np.ndarray:
+    """Return which triangles a hairstyle has, ``(T,)``."""
     model = face_model()
     first = model.triangles[:, 0]
     keep = np.ones(len(first), bool)
@@ -233,7 +293,7 @@ def _triangles(cap: bool, curtain: bool) -> np.ndarray:
         span = model.spans[name]
         if not shown:
             keep &= ~((first >= span.start) & (first < span.stop))
-    return np.ascontiguousarray(model.triangles[keep])
+    return keep
 
 
 def _shape(row: Parameters, model: FaceModel) -> _Shape:
@@ -246,13 +306,22 @@ def _shape(row: Parameters, model: FaceModel) -> _Shape:
     volume = float(row["hair_volume"])
     if style != "bald":
         low = {"short": -2.2, "medium": -6.5, "long": -8.0, "bun": -3.0}[style]
-        thick = {"short": 0.45 + 1.0 * volume, "medium": 0.9 + 1.2 * volume, "long": 0.8 + 1.0 * volume, "bun": 0.4 + 0.5 * volume}[style]
+        thick = {
+            "short": 0.45 + 1.0 * volume,
+            "medium": 0.9 + 1.2 * volume,
+            "long": 0.8 + 1.0 * volume,
+            "bun": 0.4 + 0.5 * volume,
+        }[style]
         # In front of the ears hair starts at the temples, behind them at the nape.
-        front = np.clip((rest[:, 2] + 3.4) / 2.5, 0, 1)
-        edge = low + (5.6 - 1.4 * float(row["hairline"]) - low) * front
-        grow = np.clip((rest[:, 1] - edge) / 1.6 + 0.25, -0.6, 1)
+        front = np.clip((rest[:, 2] + 3.9) / 1.6, 0, 1)
+        edge = low + (5.2 - 1.2 * row["hairline"] - low) * front
+        grow = np.clip((rest[:, 1] - edge) / 1.5 + 0.25, -0.7, 1)
         top = 0.75 + 0.45 * np.clip(rest[:, 1] / 9, 0, 1)
-        start = np.clip((ring - 0.9 - 1.2 * (1 - float(row["hairline"]))) / 1.6, -0.5, 1)
+        # A fringe falls onto the forehead; without one the first rings stay below the skin.
+        fringe = row["fringe"]
+        start = np.clip((ring - 1.7 + 2.6 * fringe - 0.8 * row["hairline"]) / 1.6, -0.6, 1)
+        ragged = 0.25 * fringe * np.sin(rest[:, 0] * 2.6 + 9 * volume) * (ring < 2)
+        vertices[span, 1] += ragged.astype(np.float32)
         wave = 1 + 0.12 * float(row["hair_wave"]) * np.sin(rest[:, 0] * 1.7 + rest[:, 1] * 1.1 + 6 * volume)
         vertices[span] += away * (thick * np.minimum(grow, start) * top * wave)[:, None].astype(np.float32)
     curtain = style == "long"
@@ -281,36 +350,73 @@ def _shape(row: Parameters, model: FaceModel) -> _Shape:
     camera = centred @ head.T
     loose = np.flatnonzero(model.rigid < 1)
     camera[loose] += (1 - model.rigid[loose])[:, None] * (centred[loose] @ body.T - camera[loose])
-    return _Shape(camera, occlusion, _triangles(style != "bald", curtain))
+    return _Shape(camera, occlusion, _shown(style != "bald", curtain))
 
 
 # ------------------------------------------------------------------------------------------------------ shading
 
 
-def _rasterise(shape: _Shape, model: FaceModel, row: Parameters, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return texture coordinates and occlusion ``(S, S, 3)``, normals ``(S, S, 3)`` and the mask ``(S, S)``."""
-    distance = float(row["distance"])
+class _Light(NamedTuple):
+    key: np.ndarray  # (3,) direction towards the key light, camera coordinates
+    half: np.ndarray  # (3,) halfway between the key light and the camera
+    warm: np.ndarray  # (3,) colour of the key light
+
+
+def _light(row: Parameters) -> _Light:
+    azimuth, elevation = np.radians(row["light_azimuth"]), np.radians(row["light_elevation"])
+    key = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
+    half = key + [0, 0, 1]
+    half /= np.linalg.norm(half)
+    warm = 1 + row["light_warm"] * np.array([0.10, 0.0, -0.12])
+    return _Light(key.astype(np.float32), half.astype(np.float32), warm.astype(np.float32))
+
+
+def _rasterise(
+    shape: _Shape, model: FaceModel, row: Parameters, light: _Light, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what every pixel sees.
+
+    Returns:
+        Texture coordinates and occlusion ``(S, S, 3)``; cosines of the normal with the key light, the halfway
+        direction and the vertical ``(S, S, 3)``; the mask of covered pixels ``(S, S)``.
+    """
+    distance = row["distance"]
     points = shape.camera.copy()
     points[:, 2] -= distance
     # A principal point off the middle is a shear along the depth.
-    span = 22.0 / (float(row["zoom"]) * distance)
-    points[:, 0] -= points[:, 2] * span * float(row["shift_x"])
-    points[:, 1] += points[:, 2] * span * float(row["shift_y"])
-    a, b, c = (shape.camera[shape.triangles[:, k]] for k in range(3))
-    flat = np.cross(b - a, c - a)
-    normal = np.zeros_like(shape.camera)
-    for k in range(3):
-        for axis in range(3):
-            normal[:, axis] += np.bincount(shape.triangles[:, k], flat[:, axis], len(normal))
-    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-9)
+    span = 22.0 / (row["zoom"] * distance)
+    points[:, 0] -= points[:, 2] * span * row["shift_x"]
+    points[:, 1] += points[:, 2] * span * row["shift_y"]
+    # The lids lie on the balls: moved away along the line of sight, a ball shows in the same place but never pierces.
+    for eye in model.eyes:
+        points[eye] *= 1 + 0.6 / distance
+    a, b, c = (np.take(shape.camera, model.triangles[:, k], 0) for k in range(3))
+    ab, ac = b - a, c - a
+    flat = np.stack(
+        [
+            ab[:, 1] * ac[:, 2] - ab[:, 2] * ac[:, 1],
+            ab[:, 2] * ac[:, 0] - ab[:, 0] * ac[:, 2],
+            ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0],
+        ],
+        1,
+    )
+    normal = model.normals @ flat
+    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-9)
+    # Triangles that face away cannot be seen.
+    seen = shape.shown & ((flat * (a - np.array([0, 0, distance], np.float32))).sum(1) < 0)
+    triangles = np.ascontiguousarray(model.triangles[seen])
+    cosines = np.stack([normal @ light.key, normal @ light.half, normal[:, 1]], 1) * 0.5 + 0.5
     first = np.concatenate([model.texture, shape.occlusion[:, None]], 1)
     field = 2 * np.arctan(span / 2)
     out = []
-    for colours in (first, normal * 0.5 + 0.5):
-        canvas, depth = np.full((size, size, 3), -1, np.float32), np.full((size, size), 1000, np.float32)
-        cv2.triangleRasterize(points, shape.triangles, np.ascontiguousarray(colours, np.float32), canvas, depth, np.eye(4, dtype=np.float32), field, 1.0, 1000.0)
+    for colours in (first, cosines):
+        canvas, depth = np.zeros((size, size, 3), np.float32), np.full((size, size), 1000, np.float32)
+        cv2.triangleRasterize(
+            *(points, triangles, np.ascontiguousarray(colours, np.float32), canvas, depth),
+            *(np.eye(4, dtype=np.float32), field, 1.0, 1000.0),
+        )
         out.append(canvas)
-    return out[0], out[1] * 2 - 1, depth < 999
+    return out[0], out[1], depth < 999
 
 
 def _palette(table: np.ndarray, place: float) -> np.ndarray:
@@ -342,48 +448,59 @@ def _soft(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def _paint_face(uv: np.ndarray, normal: np.ndarray, row: Parameters, colours: dict[str, np.ndarray], head: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return albedo ``(P, 3)``, normals, ambient share ``(P,)`` and gloss ``(P,)`` of pixels on the painted face."""
+def _paint_face(
+    uv: np.ndarray, row: Parameters, colours: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return albedo ``(P, 3)``, slope of folds to the right and up ``(P, 2)``, ambient share and gloss ``(P,)``."""
     atlas = _atlas()
-    column = np.clip((uv[:, 0] * _TEXELS).astype(np.int32), 0, _TEXELS - 1)
-    line = np.clip((uv[:, 1] * _TEXELS).astype(np.int32), 0, _TEXELS - 1)
-    texel = atlas.maps[line * _TEXELS + column]
+    place = np.clip(uv * _TEXELS, 0, _TEXELS - 1).astype(np.int32)
+    texel = np.take(atlas.maps, place[:, 1] * _TEXELS + place[:, 0], 0)
     value = {name: texel[:, k] for k, name in enumerate(_CHANNELS)}
-    blotch = texel[:, len(_CHANNELS) : len(_CHANNELS) + 6] @ row["blotches"].astype(np.float32)
-    level = row["intensity"].astype(np.float32) / 5
-    age = float(row["age"])
-    depth = 0.9 * np.minimum(atlas.wrinkle_au @ level, 1.3) * (0.75 + 0.5 * age) + atlas.age * max(age - 0.35, 0) * 1.2
-    folds = texel[:, len(_CHANNELS) + 6 :].reshape(len(texel), -1, 3)
-    fold = np.einsum("pwk,w->pk", folds, depth.astype(np.float32))
-    bump = np.stack([fold[:, 1], -fold[:, 2], 0.0 * fold[:, 1]], 1)
-    normal = normal + bump @ head.T
-    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-6)
+    age, oily, red = row["age"], row["oily"], row["lips_red"]
+    level = row["intensity"] / 5
+    depth = np.minimum(atlas.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + atlas.age * max(age - 0.35, 0) * 1.2
+    # All that is linear in the maps is one product: folds (height, slopes) and the skin's brightness.
+    mix = np.zeros((texel.shape[1], 4), np.float32)
+    start = len(_CHANNELS)
+    mix[start : start + 6, 3] = 0.035 * row["blotches"]
+    mix[_CHANNELS.index("tone"), 3] = 0.016
+    mix[_CHANNELS.index("grain"), 3] = 0.018 * (0.6 + 0.6 * age)
+    for k in range(3):
+        mix[start + 6 + k :: 3, k] = depth
+    fold = texel @ mix
 
-    albedo = np.repeat(colours["skin"][None], len(uv), 0)
-    albedo *= (1 + 0.035 * blotch + 0.016 * value["tone"] + 0.02 * value["grain"] * (0.6 + 0.6 * age))[:, None]
-    blush = value["red"] * (0.25 + 0.5 * float(row["skin_red"]))
-    albedo *= 1 - blush[:, None] * np.array([0.02, 0.16, 0.14], np.float32)
-    albedo *= 1 - value["socket"][:, None] * np.array([0.10, 0.13, 0.10], np.float32) * (0.5 + age)
-    albedo *= 1 - (float(row["freckles"]) * value["freckles"])[:, None] * np.array([0.16, 0.26, 0.32], np.float32)
-    tint = np.array([0.94, 0.60, 0.58], np.float32) * (1 - 0.22 * float(row["lips_red"]) * np.array([0, 1, 1], np.float32))
-    lip = colours["skin"] * tint * (0.96 - 0.1 * float(row["lips_red"]))
-    amount = value["lips"][:, None] * (0.75 + 0.2 * float(row["lips_red"]))
-    albedo += amount * (lip * (1 + 0.05 * value["grain"])[:, None] - albedo)
+    skin = colours["skin"]
+    albedo = skin * (1 + fold[:, 3:4])
+
+    def tint(amount: np.ndarray, *colour: float) -> None:
+        """Multiply by a colour (its complement to white is given) where ``amount`` is 1."""
+        for k, part in enumerate(colour):
+            if part:
+                albedo[:, k] *= 1 - part * amount
+
+    def cover(amount: np.ndarray, colour: np.ndarray) -> None:
+        np.add(albedo, amount[:, None] * (colour - albedo), out=albedo)
+
+    tint(value["red"] * (0.25 + 0.5 * row["skin_red"]), 0.02, 0.16, 0.14)
+    tint(value["socket"] * (0.4 + 0.8 * age), 0.12, 0.15, 0.11)
+    if row["freckles"] > 0:
+        tint(row["freckles"] * value["freckles"], 0.16, 0.26, 0.32)
+    lip = skin * np.array([0.90, 0.64 - 0.12 * red, 0.62 - 0.12 * red], np.float32)
+    cover(value["lips"] * (0.7 + 0.25 * red), lip)
     hair = colours["hair"] * 0.75
     if row["beard"] > 0:
         kind = int(row["beard_kind"])
-        area = (value["moustache"] if kind == 0 else np.maximum(value["moustache"], value["beard"]) if kind == 1 else np.maximum(0.6 * value["moustache"], 0.75 * value["beard"]))
-        amount = np.clip(area * float(row["beard"]) * (0.9 + 0.3 * value["grain"]) * (0.95 if kind < 2 else 0.55), 0, 0.95)
-        albedo += amount[:, None] * (hair - albedo)
-    thick = 0.75 + 0.5 * float(row["brow_thick"])
-    amount = 0.88 * _soft(-value["brow"], -thick - 0.35, -thick + 0.45)
-    brow = hair * 0.8 + 0.06 * colours["skin"]
-    albedo += amount[:, None] * (brow - albedo)
-    albedo *= (1 - 0.86 * np.clip(value["lash"], 0, 1))[:, None]
-    albedo *= (1 - 0.88 * np.clip(value["nostril"], 0, 1))[:, None] ** np.array([0.85, 1, 1], np.float32)
+        areas = (value["moustache"], np.maximum(value["moustache"], value["beard"]))
+        area = areas[min(kind, 1)]
+        strength = row["beard"] * (0.95 if kind < 2 else 0.45)
+        cover(np.clip(area * strength * (0.9 + 0.3 * value["grain"]), 0, 0.95), hair)
+    thick = 0.62 + 0.5 * row["brow_thick"]
+    cover(0.85 * _soft(-value["brow"], -thick - 0.45, -thick + 0.45), hair * 0.85 + 0.08 * skin)
+    tint(np.clip(value["lash"], 0, 1), 0.85, 0.87, 0.87)
+    tint(np.clip(value["nostril"], 0, 1), 0.80, 0.88, 0.88)
     ambient = (1 - value["shade"]) * (1 - 0.42 * np.clip(fold[:, 0], 0, 1.3))
-    gloss = (0.10 + 0.16 * float(row["oily"])) * (1 + 0.8 * value["red"]) + 0.22 * value["lips"]
-    return albedo, normal, ambient, gloss * (1 - 0.8 * amount)
+    gloss = (0.08 + 0.16 * oily) * (1 + 0.8 * value["red"]) + 0.20 * value["lips"]
+    return albedo, fold[:, 1:3] * [1, -1], ambient, gloss
 
 
 def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
@@ -396,68 +513,83 @@ def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
     coloured = iris[None] * (spokes * (1.25 - 0.35 * ring))[:, None]
     coloured *= (1 - 0.65 * _soft(r, 0.80, 1.0))[:, None]
     coloured *= _soft(r, 0.36, 0.46)[:, None] * 0.96 + 0.04
-    white = np.array([0.90, 0.87, 0.85], np.float32) - _soft(r, 1.6, 2.7)[:, None] * np.array([0.10, 0.24, 0.24], np.float32)
+    white = np.array([0.90, 0.87, 0.85], np.float32) - _soft(r, 1.6, 2.7)[:, None] * np.array(
+        [0.10, 0.24, 0.24], np.float32
+    )
     return (coloured + _soft(r, 0.95, 1.08)[:, None] * (white - coloured)).astype(np.float32)
 
 
-def _shade(first: np.ndarray, normals: np.ndarray, mask: np.ndarray, row: Parameters, head: np.ndarray) -> np.ndarray:
+def _shade(
+    first: np.ndarray, cosines: np.ndarray, mask: np.ndarray, row: Parameters, light: _Light, head: np.ndarray
+) -> np.ndarray:
     """Return the lit colours of the pixels in ``mask``, ``(P, 3)`` in [0, 1] (square-rooted, near sRGB)."""
     atlas, colours = _atlas(), _colours(row)
     place = np.flatnonzero(mask.ravel())
-    data, normal = first.reshape(-1, 3)[place], normals.reshape(-1, 3)[place]
+    data = np.take(first.reshape(-1, 3), place, 0)
+    cosine = np.take(cosines.reshape(-1, 3), place, 0)
+    cosine *= 2
+    cosine -= 1
     scaled = data[:, 0] * len(PARTS)
-    part = np.clip(scaled.astype(np.int32), 0, len(PARTS) - 1)
+    part = np.clip(scaled, 0, len(PARTS) - 1).astype(np.int8)
     uv = np.stack([np.clip((scaled - part - 0.01) / 0.98, 0, 1), data[:, 1]], 1)
-    normal /= np.maximum(np.sqrt((normal * normal).sum(1, keepdims=True)), 1e-6)
     count = len(place)
     albedo, ambient = np.empty((count, 3), np.float32), data[:, 2].copy()
     gloss = np.zeros(count, np.float32)
-    sharp = np.full(count, 18.0, np.float32)
 
     on = {name: np.flatnonzero(part == k) for name, k in _PART.items()}
     k = on["face"]
-    albedo[k], normal[k], light, gloss[k] = _paint_face(uv[k], normal[k], row, colours, head)
-    ambient[k] *= light
+    albedo[k], slope, share, gloss[k] = _paint_face(uv[k], row, colours)
+    ambient[k] *= share
+    # Folds tilt the normal; the cosines change by the tilt's own cosine (first order).
+    sideways, upwards = head[:, 0], head[:, 1]
+    cosine[k, 0] += slope @ np.array([light.key @ sideways, light.key @ upwards], np.float32)
+    cosine[k, 1] += slope @ np.array([light.half @ sideways, light.half @ upwards], np.float32)
     k = on["skin"]
     albedo[k] = colours["skin"] * np.array([1, 0.985, 0.98], np.float32)
     gloss[k] = 0.06
     k = on["hair"]
-    across = (uv[k, 0] * 255 * (1 + 0.0)).astype(np.int32)
-    along = (uv[k, 1] * 255 + 8 * float(row["hair_wave"]) * np.sin(uv[k, 0] * 30)).astype(np.int32) % 256
+    across = (uv[k, 0] * 255).astype(np.int32)
+    along = (uv[k, 1] * 255 + 8 * row["hair_wave"] * np.sin(uv[k, 0] * 30)).astype(np.int32) % 256
     strand = atlas.strands[along, across]
     albedo[k] = colours["hair"] * np.clip(1 + 0.22 * strand, 0.4, 1.7)[:, None]
-    gloss[k] = np.clip(0.20 + 0.16 * strand, 0, 0.6) * (0.4 + colours["hair"].mean())
-    sharp[k] = 14
-    k = on["eye"]
-    albedo[k] = _paint_eye(uv[k], row)
-    gloss[k] = 0.85
-    sharp[k] = 110
+    gloss[k] = np.clip(0.20 + 0.16 * strand, 0, 0.6) * (0.4 + float(colours["hair"].mean()))
     k = on["teeth"]
-    gap = 0.82 + 0.18 * np.minimum(np.abs(np.sin(uv[k, 0] * np.pi * 9)) * 4, 1)
-    albedo[k] = np.array([0.93, 0.90, 0.83], np.float32) * gap[:, None]
+    gap = 0.86 + 0.14 * np.minimum(np.abs(np.sin(uv[k, 0] * np.pi * 9)) * 4, 1)
+    albedo[k] = np.array([0.92, 0.89, 0.83], np.float32) * gap[:, None]
     gum = _soft(0.22 - uv[k, 1], -0.05, 0.05)[:, None]
     albedo[k] += gum * (np.array([0.72, 0.38, 0.38], np.float32) - albedo[k])
     gloss[k] = 0.25
-    k = on["mouth"]
-    albedo[k] = np.array([0.62, 0.26, 0.25], np.float32)
+    albedo[on["mouth"]] = np.array([0.62, 0.26, 0.25], np.float32)
     k = on["cloth"]
-    fabric = 1 + 0.12 * np.sin(uv[k, 0] * 2 * np.pi * 40) * (row["cloth"][3] > 0.5)
-    albedo[k] = colours["cloth"] * fabric[:, None].astype(np.float32)
+    fabric = 1 + 0.12 * np.sin(uv[k, 0] * 2 * np.pi * 40) * float(row["cloth"][3] > 0.5)
+    albedo[k] = colours["cloth"] * fabric[:, None]
+    k = on["eye"]
+    albedo[k] = _paint_eye(uv[k], row)
 
-    azimuth, elevation = np.radians(float(row["light_azimuth"])), np.radians(float(row["light_elevation"]))
-    key = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)], np.float32)
-    warm = 1 + float(row["light_warm"]) * np.array([0.10, 0.0, -0.12], np.float32)
-    facing = normal @ key
-    wrap = np.array([0.42, 0.26, 0.20], np.float32)  # skin scatters red light farther into the shadow
-    lit = np.clip((facing[:, None] + wrap) / (1 + wrap), 0, None)
-    lit *= (0.35 + 0.65 * ambient)[:, None]
-    sky = (0.72 + 0.28 * normal[:, 1]) * ambient * float(row["light_fill"])
-    light = float(row["light_key"]) * lit * warm + sky[:, None]
-    half = key + np.array([0, 0, 1], np.float32)
-    half /= np.linalg.norm(half)
-    shine = np.clip(normal @ half, 0, 1) ** sharp * gloss * (0.3 + 0.7 * ambient) * float(row["light_key"])
-    linear = (albedo**2) * light + 0.55 * shine[:, None] * warm
-    return np.sqrt(np.clip(linear * float(row["exposure"]), 0, 1))
+    share = 0.35 + 0.65 * ambient
+    sky = (0.72 + 0.28 * cosine[:, 2]) * ambient * row["light_fill"]
+    shine = np.clip(cosine[:, 1], 0, 1)
+    wet = shine[k]
+    shine = shine * shine
+    shine *= shine
+    shine *= shine
+    shine *= shine  # power 16 for skin and hair
+    shine *= gloss
+    shine[k] = 0.85 * wet**110
+    shine *= (0.3 + 0.7 * ambient) * (0.55 * row["light_key"] * row["exposure"])
+    albedo *= albedo
+    # Skin scatters red light farther into the shadow: the light wraps around by a share per colour.
+    for channel, wrap in enumerate((0.42, 0.26, 0.20)):
+        lit = np.maximum(cosine[:, 0] + wrap, 0)
+        lit *= share
+        lit *= row["light_key"] * float(light.warm[channel]) / (1 + wrap)
+        lit += sky
+        lit *= albedo[:, channel]
+        lit *= row["exposure"]
+        lit += shine * float(light.warm[channel])
+        albedo[:, channel] = lit
+    np.minimum(albedo, 1, out=albedo)
+    return np.sqrt(albedo, out=albedo)
 
 
 # ------------------------------------------------------------------------------------- in front and behind
@@ -484,7 +616,9 @@ def _background(row: Parameters, size: int) -> np.ndarray:
         phase = count * 2 * np.pi * (np.cos(angle) * ramp[None] + np.sin(angle) * ramp[:, None])
         blend = 0.5 + 0.5 * np.tanh(2.5 * np.sin(phase + 6 * draw[7]))
         if draw[8] > 0.5:
-            blend *= 0.5 + 0.5 * np.tanh(2.5 * np.sin(count * 2 * np.pi * (np.cos(angle) * ramp[:, None] - np.sin(angle) * ramp[None])))
+            blend *= 0.5 + 0.5 * np.tanh(
+                2.5 * np.sin(count * 2 * np.pi * (np.cos(angle) * ramp[:, None] - np.sin(angle) * ramp[None]))
+            )
     return first + np.clip(blend, 0, 1)[:, :, None] * (second - first)
 
 
@@ -497,16 +631,20 @@ def _fixed(points: np.ndarray) -> np.ndarray:
     return np.round(points * 16).astype(np.int32)
 
 
-def _draw_glasses(image: np.ndarray, cover: np.ndarray, row: Parameters, vertices: np.ndarray, size: int) -> None:
+def _draw_glasses(
+    image: np.ndarray, cover: np.ndarray, row: Parameters, vertices: dict[int, np.ndarray], size: int
+) -> None:
     """Draw glasses into ``image`` and ``cover``: rims before the eyes, a bridge and the visible temple."""
     shape = float(row["glasses_shape"])
     power = 2.0 + 2.5 * (shape % 0.5) * 2
     turn = np.linspace(0, 2 * np.pi, 40)
     width = max(1, round(size * (0.007 + 0.008 * ((shape * 7) % 1))))
-    frame = tuple(float(v) for v in _hsv((shape * 13) % 1, 0.5 * ((shape * 5) % 1), 0.08 + 0.35 * ((shape * 3) % 1) ** 2))
+    frame = tuple(
+        float(v) for v in _hsv((shape * 13) % 1, 0.5 * ((shape * 5) % 1), 0.08 + 0.35 * ((shape * 3) % 1) ** 2)
+    )
     rims, dark = [], row["glasses"] > 1
     for sign, corner in ((-1, (33, 133)), (1, (263, 362))):
-        middle = vertices[list(corner)].mean(0) + [sign * 0.1, -0.25, 1.35]
+        middle = (vertices[corner[0]] + vertices[corner[1]]) / 2 + [sign * 0.1, -0.25, 1.35]
         x = np.sign(np.cos(turn)) * np.abs(np.cos(turn)) ** (2 / power) * 2.45
         y = np.sign(np.sin(turn)) * np.abs(np.sin(turn)) ** (2 / power) * (1.65 + 0.35 * shape)
         rims.append(middle + np.stack([x, y, -0.05 * x * x - 0.14 * sign * x], 1))
@@ -517,7 +655,15 @@ def _draw_glasses(image: np.ndarray, cover: np.ndarray, row: Parameters, vertice
         tint = np.array([0.07, 0.07, 0.08] if dark else [0.85, 0.9, 0.95], np.float32)
         image += glass[:, :, None] * (tint - image)
         np.maximum(cover, glass, out=cover) if dark else None
-    lines = [*rims, np.stack([rims[0][0] + (rims[1][20] - rims[0][0]) * t + [0, 0.35, 0.5 * np.sin(np.pi * t)] for t in np.linspace(0, 1, 7)])]
+    lines = [
+        *rims,
+        np.stack(
+            [
+                rims[0][0] + (rims[1][20] - rims[0][0]) * t + [0, 0.35, 0.5 * np.sin(np.pi * t)]
+                for t in np.linspace(0, 1, 7)
+            ]
+        ),
+    ]
     yaw = float(row["yaw"])
     for sign, rim, edge in ((-1, rims[0], 20), (1, rims[1], 0)):
         if sign * yaw < 12:
@@ -539,7 +685,11 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
     if kind == "object":
         angle = draw[0] * 2 * np.pi
         middle = centre + np.array([np.cos(angle), np.sin(angle) * 0.9]) * size * 0.27
-        box = (tuple(map(float, middle)), (float(size * (0.18 + 0.2 * draw[1])), float(size * (0.3 + 0.2 * draw[2]))), float(draw[3] * 180))
+        box = (
+            tuple(map(float, middle)),
+            (float(size * (0.18 + 0.2 * draw[1])), float(size * (0.3 + 0.2 * draw[2]))),
+            float(draw[3] * 180),
+        )
         cv2.fillConvexPoly(layer, _fixed(cv2.boxPoints(box)), 1.0, cv2.LINE_AA, 4)
         colour = _hsv(draw[4], 0.3 + 0.6 * draw[5], 0.2 + 0.7 * draw[6])
     elif kind == "hand":
@@ -548,7 +698,9 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
         base = np.array([centre[0] + (-0.34 if left else 0.34) * size, size * 1.05])
         tip = points[[3, 13][0 if not left else 0]] if left else points[13]
         for finger in range(4):
-            end = tip + np.array([(finger - 1.5) * 0.058 * size * (1 if left else -1), -size * (0.05 + 0.05 * np.sin(finger + 0.4))])
+            end = tip + np.array(
+                [(finger - 1.5) * 0.058 * size * (1 if left else -1), -size * (0.05 + 0.05 * np.sin(finger + 0.4))]
+            )
             knuckle = base + 0.55 * (end - base) + np.array([(finger - 1.5) * 0.03 * size * (1 if left else -1), 0])
             for a, b, w in ((base, knuckle, 0.095), (knuckle, end, 0.058)):
                 cv2.line(layer, tuple(_fixed(a)), tuple(_fixed(b)), 1.0, max(1, int(w * size)), cv2.LINE_AA, 4)
@@ -557,7 +709,9 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
     elif kind == "mask":
         outline = np.concatenate([points[2:15], points[[28]] + (points[[29]] - points[[28]]) * 0.6])
         cv2.fillPoly(layer, [_fixed(outline)], 1.0, cv2.LINE_AA, 4)
-        colour = (np.array([[0.62, 0.78, 0.86], [0.93, 0.93, 0.92], [0.12, 0.12, 0.13]], np.float32))[min(int(draw[0] * 3), 2)]
+        colour = (np.array([[0.62, 0.78, 0.86], [0.93, 0.93, 0.92], [0.12, 0.12, 0.13]], np.float32))[
+            min(int(draw[0] * 3), 2)
+        ]
         folds = 0.9 + 0.1 * np.sin(np.arange(size) / size * 2 * np.pi * 22)
         light = light * folds[:, None].astype(np.float32)
     else:
@@ -565,10 +719,21 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
         top = points[19] if draw[0] < 0.5 else points[24]
         for k in range(6):
             start = top + np.array([(k - 3) * 0.02, -0.2]) * size
-            end = points[36 if draw[0] < 0.5 else 45] + np.array([(k - 3) * 0.022 + 0.05 * (draw[1] - 0.5), 0.02 + 0.1 * draw[2]]) * size
+            end = (
+                points[36 if draw[0] < 0.5 else 45]
+                + np.array([(k - 3) * 0.022 + 0.05 * (draw[1] - 0.5), 0.02 + 0.1 * draw[2]]) * size
+            )
             bend = 0.5 * (start + end) + np.array([0.05 * (draw[3] - 0.5) * size, 0])
             t = np.linspace(0, 1, 12)[:, None]
-            cv2.polylines(layer, [_fixed((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end)], False, 0.95, max(1, round(0.011 * size)), cv2.LINE_AA, 4)
+            cv2.polylines(
+                layer,
+                [_fixed((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end)],
+                False,
+                0.95,
+                max(1, round(0.011 * size)),
+                cv2.LINE_AA,
+                4,
+            )
     shadow = cv2.GaussianBlur(layer, (0, 0), size * 0.02)
     image *= (1 - 0.35 * np.roll(shadow, round(size * 0.012), 0))[:, :, None]
     image += layer[:, :, None] * (colour * light[:, :, None] * float(row["exposure"]) - image)
@@ -582,40 +747,38 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
         row: One row of ``sample.sample``: the same keys, each value without its first axis.
         dials: The dials of the set (its ``image_size``).
     """
-    threads = cv2.getNumThreads()
+    # Plain numbers do not turn float32 pixels into float64.
+    row = {key: value.item() if np.ndim(value) == 0 else value.astype(np.float32) for key, value in row.items()}
     model, size = face_model(), dials.image_size
-    large = 2 * size
-    shape = _shape(row, model)
+    large = size * 3 // 2
     head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
-    first, normals, mask = _rasterise(shape, model, row, large)
+    light, shape = _light(row), _shape(row, model)
+    first, cosines, mask = _rasterise(shape, model, row, light, large)
     image = np.zeros((large, large, 3), np.float32)
-    image[mask] = _shade(first, normals, mask, row, head)
+    image[mask] = _shade(first, cosines, mask, row, light, head)
     cover = mask.astype(np.float32)
     if row["glasses"] > 0:
         flat = row["coefficient"] @ _corner_basis()
-        corners = {v: flat.reshape(4, 3)[k] + model.rest[v] for k, v in enumerate(_CORNERS)}
-        vertices = np.zeros((468, 3), np.float32)
-        for v, place in corners.items():
-            vertices[v] = place
-        _draw_glasses(image, cover, row, vertices, large)
+        corners = dict(zip(_CORNERS, flat.reshape(4, 3) + model.rest[list(_CORNERS)], strict=True))
+        _draw_glasses(image, cover, row, corners, large)
     if row["occluder"] > 0:
-        batch = {key: np.asarray(row[key])[None] for key in ("index", "coefficient", "gaze_pitch", "gaze_yaw", *Pose._fields)}
+        needed = ("index", "coefficient", "gaze_pitch", "gaze_yaw", *Pose._fields)
+        batch = {key: np.asarray(row[key])[None] for key in needed}
         _draw_occluder(image, cover, row, points_of(batch, large)["68"][0], large)
     image *= cover[:, :, None]
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
-    alpha = cv2.resize(cover, (size, size), interpolation=cv2.INTER_AREA)[:, :, None]
-    image += (1 - alpha) * _background(row, size) * float(row["exposure"])
-    blur = float(row["blur"]) * size
+    alpha = cv2.resize(cover, (size, size), interpolation=cv2.INTER_AREA)
+    image += (1 - alpha)[:, :, None] * (_background(row, size) * row["exposure"])
+    blur = row["blur"] * size
     if blur > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), blur)
     image *= 255
     if row["noise"] > 0:
         tile = _atlas().static
         x, y = int(row["noise_key"] * 511), int(row["noise_key"] * 511 * 511) % 511
-        grain = np.take(np.take(tile, np.arange(y, y + size) % 512, 0), np.arange(x, x + size) % 512, 1)
-        image += (float(row["noise"]) * grain)[:, :, None]
-    del threads
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+        window = np.take(np.take(tile, np.arange(y, y + size) % 512, 0), np.arange(x, x + size) % 512, 1)
+        image += (row["noise"] * window)[:, :, None]
+    return cv2.convertScaleAbs(np.maximum(image, 0, out=image))
 
 
 _CORNERS = (33, 133, 263, 362)

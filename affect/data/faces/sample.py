@@ -155,6 +155,7 @@ def sample_subjects(dials: FaceDials, seed: int, subject: np.ndarray) -> Paramet
         "cloth": u[:, 28:32],
         "oily": u[:, 32],
         "ear_out": u[:, 33],
+        "fringe": np.where(u[:, 35] < 0.45, 0.0, u[:, 36]),
         "favourite": np.minimum((u[:, 34] * len(EXPRESSIONS)).astype(int), len(EXPRESSIONS) - 1),
     }
 
@@ -278,9 +279,7 @@ def sample(dials: FaceDials, seed: int, index: np.ndarray) -> Parameters:
         "mirror_hair": v[:, 31],
         **body,
     }
-    parameters["coefficient"] = coefficients(
-        body["identity"], parameters["intensity"], side, parameters["gaze_pitch"]
-    )
+    parameters["coefficient"] = coefficients(body["identity"], parameters["intensity"], side, parameters["gaze_pitch"])
     return parameters
 
 

@@ -51,10 +51,23 @@ def sheet(
         top, left = (k // columns) * (size + strip), (k % columns) * size
         canvas[top : top + size, left : left + size] = image
         if captions:
-            shown = [f"{au}:{value:.0f}" for au, value in zip(ACTION_UNITS, parameters["intensity"][k], strict=True) if value > 0]
+            shown = [
+                f"{au}:{value:.0f}"
+                for au, value in zip(ACTION_UNITS, parameters["intensity"][k], strict=True)
+                if value > 0
+            ]
             text = f"{EXPRESSIONS[names['expression'][k]]} {affect[k, 0]:+.1f} {affect[k, 1]:+.1f}"
             for row, content in enumerate((text, " ".join(shown[:7]), " ".join(shown[7:]))):
-                cv2.putText(canvas, content, (left + 2, top + size + 10 + 11 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.3, (0, 0, 0), 1, cv2.LINE_AA)
+                cv2.putText(
+                    canvas,
+                    content,
+                    (left + 2, top + size + 10 + 11 * row),
+                    cv2.FONT_HERSHEY_SIMPLEX,
+                    0.3,
+                    (0, 0, 0),
+                    1,
+                    cv2.LINE_AA,
+                )
     if path is not None:
         done, data = cv2.imencode(".png", canvas[:, :, ::-1])
         if done:

@@ -120,9 +120,7 @@ class FaceImages:
         """Return the images of ``rows`` (indices of the set), each RGB uint8 ``(S, S, 3)``."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         parameters = sample(self.dials, self.seed, rows)
-        return [
-            render({key: values[k] for key, values in parameters.items()}, self.dials) for k in range(len(rows))
-        ]
+        return [render({key: values[k] for key, values in parameters.items()}, self.dials) for k in range(len(rows))]
 
     def __call__(self, row: int) -> np.ndarray:
         """Return the image of one row."""
