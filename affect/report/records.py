@@ -6,9 +6,10 @@ A record is a JSON-friendly mapping, one number of one result file::
     {"name": "f1/AU12", "value": 0.61, "low": 0.55, "high": 0.66, "constant": 0.42, "n": 812,
      "higher_is_better": true, "subgroup": null, "task": "au"}
 
-``affect.metrics.evaluate`` makes them, and ``task`` is added where several tasks share a file. ``name`` is ``<metric>``,
-``<metric>/<output>`` or ``<metric>/<parameter>`` (``fr/10``). Null (or NaN) means that the number does not exist, e.g. an
-output without labels. ``subgroup`` is null for all rows together; ``reason`` says why there is no interval.
+``affect.metrics.evaluate`` makes them, and ``task`` is added where several tasks share a file. ``name`` is
+``<metric>``, ``<metric>/<output>`` or ``<metric>/<parameter>`` (``fr/10``). Null (or NaN) means that the number does
+not exist, e.g. an output without labels. ``subgroup`` is null for all rows together; ``reason`` says why there is no
+interval.
 """
 
 from __future__ import annotations

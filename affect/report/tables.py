@@ -178,6 +178,8 @@ _TELLING = {"no groups", "only one group", "no resamples"}
 def _noted(table: Table, notes: Sequence[str]) -> Table:
     table.caption = Text("; ".join(notes)) if notes else None
     table.caption_justify = "left"
+    # rich would break a note to the width of a table without rows.
+    table.min_width = min(max((len(note) for note in notes), default=0), 60)
     return table
 
 

@@ -231,29 +231,23 @@ def _flow(heights: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]
 
 
 def _draw_face(picture: np.ndarray, face: FaceNote, factor: int) -> None:
-    # Strokes are relative to the face, so that a small face in a large picture is not buried under them.
     height, width = picture.shape[:2]
-    extent = 0.35 * min(height, width)
-    points = None if face.points is None else np.asarray(face.points, float)
-    if points is not None:
-        if points.ndim != 2 or points.shape[1] != 2:
-            raise DataError(f"annotation: points of shape {points.shape}; expected (points, 2) in pixels")
-        points = (points[np.isfinite(points).all(1)] + 0.5) * factor - 0.5
-        if len(points):
-            extent = max(float(np.ptp(points, axis=0).max()), 8.0)
-    box = _scaled_box(face, factor)
+    box, points = _scaled_box(face, factor), _scaled_points(face, factor)
+    points = points[((points > -8) & (points < [width + 8, height + 8])).all(1)]
+    # Strokes are relative to the face, so that a small face in a large picture is not buried under them.
+    corners = points if box is None else box.reshape(2, 2)
+    extent = float(np.ptp(corners, axis=0).max()) if len(corners) > 1 else 0.35 * min(height, width)
+    extent = min(extent, max(height, width))
     if box is not None:
-        extent = max(float((box[2:] - box[:2]).max()), 8.0)
         stroke = max(2, round(extent / 130))
-        corners = np.clip(box, 0, [width - 1, height - 1, width - 1, height - 1])
+        corners = np.clip(corners, 0, [width - 1, height - 1])
         for colour, thickness in (((30, 30, 30), stroke + max(2, stroke // 2)), (_BOX, stroke)):
-            cv2.rectangle(picture, _fixed(corners[:2]), _fixed(corners[2:]), colour, thickness, cv2.LINE_AA, _SHIFT)
-    if points is not None and len(points):
-        radius = max(extent / 95 * (0.6 if len(points) > 150 else 1.0), 0.8 if len(points) > 150 else 1.3)
-        near = ((points > -radius) & (points < [width + radius, height + radius])).all(1)
-        for point in points[near]:
-            _draw_dot(picture, point, radius + max(0.7, radius * 0.35), (20, 20, 20))
-            _draw_dot(picture, point, radius, _POINT)
+            cv2.rectangle(picture, _fixed(corners[0]), _fixed(corners[1]), colour, thickness, cv2.LINE_AA, _SHIFT)
+    dense = len(points) > 150
+    radius = max(extent / 95 * (0.6 if dense else 1.0), 0.8 if dense else 1.3)
+    for point in points:
+        _draw_dot(picture, point, radius + max(0.7, radius * 0.35), (20, 20, 20))
+        _draw_dot(picture, point, radius, _POINT)
 
 
 def _draw_dot(picture: np.ndarray, point: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
@@ -274,6 +268,15 @@ def _scaled_box(face: FaceNote, factor: int) -> np.ndarray | None:
     if box.shape != (4,):
         raise DataError(f"annotation: box of shape {box.shape}; expected x1 y1 x2 y2")
     return (box + 0.5) * factor - 0.5 if np.isfinite(box).all() else None
+
+
+def _scaled_points(face: FaceNote, factor: int) -> np.ndarray:
+    if face.points is None:
+        return np.zeros((0, 2))
+    points = np.asarray(face.points, float)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise DataError(f"annotation: points of shape {points.shape}; expected (points, 2) in pixels")
+    return (points[np.isfinite(points).all(1)] + 0.5) * factor - 0.5
 
 
 def _draw_card(
@@ -348,10 +351,10 @@ def _draw_tag(
     """Draw a face's number at its box (or points), inside the picture wherever the face lies."""
     box = _scaled_box(face, factor)
     if box is None:
-        if face.points is None or not np.isfinite(face.points).any():
+        points = _scaled_points(face, factor)
+        if not len(points):
             return []
-        points = (np.asarray(face.points, float) + 0.5) * factor - 0.5
-        box = np.concatenate([np.nanmin(points, axis=0), np.nanmax(points, axis=0)])
+        box = np.concatenate([points.min(0), points.max(0)])
     height, width = picture
     tag_width, tag_height = (0.6 + 0.65 * len(text)) * size, 1.3 * size
     x = float(np.clip(box[0], 0, max(width - tag_width, 0)))

@@ -70,7 +70,7 @@ def circumplex(
     """
     predicted, true = np.asarray(values, float).reshape(-1, 2), np.asarray(targets, float).reshape(-1, 2)
     valid: np.ndarray = np.ones((len(predicted), 1), bool) if mask is None else np.asarray(mask, bool)
-    valid = valid.reshape(len(valid), -1)
+    valid = valid.reshape(len(valid), math.prod(valid.shape[1:]))
     if len({len(predicted), len(true), len(valid)}) > 1:
         raise DataError(f"circumplex: {len(predicted)} predictions, {len(true)} targets and {len(valid)} masks")
     labelled = np.concatenate([valid, np.isfinite(predicted), np.isfinite(true)], 1).all(1)

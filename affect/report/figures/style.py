@@ -53,6 +53,8 @@ DENSITY = "Blues"
 
 _FORMATS = (".png", ".pdf", ".svg")
 _INCH_TO_POINTS = 72.0
+_EDGE = 0.08
+_SPACING = 1.25
 _MEASURE = 100
 
 
@@ -64,7 +66,7 @@ def new_figure(width: float = WIDTH, height: float = 4.0, *, layout: str | None 
         height: Inches.
         layout: ``constrained`` lets matplotlib keep labels apart, None leaves all placing to the caller.
     """
-    figure = Figure(figsize=(width, height), facecolor=PAPER, layout=layout)  # type: ignore[arg-type]
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER, layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     engine = figure.get_layout_engine()
     if engine is not None:
@@ -101,26 +103,18 @@ def heading(
         note: What a reader has to know to read it.
         handles: Labelled artists of a legend, which stands in one line between title and data.
     """
-    width = figure.get_figwidth() - 0.2
-    lines = wrap(title, width, TITLE_SIZE, bold=True) if title else []
-    if lines or handles:
-        # The title keeps a free line for the legend: legends "outside" the axes would be drawn over a title.
-        text = figure.suptitle(
-            "\n".join([*lines, " "] if handles else lines),
-            x=0.1 / figure.get_figwidth(),
-            ha="left",
-            fontsize=TITLE_SIZE,
-            fontweight="bold",
-            color=INK,
-            linespacing=1.25,
-        )
-        text.set_parse_math(False)
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    lines = wrap(title, width - 2 * _EDGE, TITLE_SIZE, bold=True) if title else []
+    notes = wrap(note, width - 2 * _EDGE, SMALL_SIZE) if note else []
+    top = _EDGE if lines or handles else 0.0
+    if lines:
+        _write(figure, lines, height - top, size=TITLE_SIZE, weight="bold", va="top")
+        top += len(lines) * TITLE_SIZE * _SPACING / _INCH_TO_POINTS
     if handles:
-        below = 0.06 + len(lines) * TITLE_SIZE * 1.25 / _INCH_TO_POINTS
         legend = figure.legend(
             handles=list(handles),
             loc="upper left",
-            bbox_to_anchor=(0.07 / figure.get_figwidth(), 1 - below / figure.get_figheight()),
+            bbox_to_anchor=((_EDGE - 0.03) / width, 1 - top / height),
             ncols=len(handles),
             frameon=False,
             fontsize=SMALL_SIZE,
@@ -131,15 +125,15 @@ def heading(
         )
         for label in legend.get_texts():
             label.set_parse_math(False)
-    if note:
-        below_text = figure.supxlabel(
-            "\n".join(wrap(note, width, SMALL_SIZE)),
-            x=0.1 / figure.get_figwidth(),
-            ha="left",
-            fontsize=SMALL_SIZE,
-            color=MUTED,
-        )
-        below_text.set_parse_math(False)
+        top += SMALL_SIZE * 2.0 / _INCH_TO_POINTS
+    bottom = 0.0
+    if notes:
+        _write(figure, notes, _EDGE, size=SMALL_SIZE, colour=MUTED, va="bottom")
+        bottom = _EDGE + len(notes) * SMALL_SIZE * _SPACING / _INCH_TO_POINTS
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        # The layout has the rest: it would put a legend that it places itself over the title.
+        engine.set(rect=(0, bottom / height, 1, 1 - (top + bottom) / height))  # type: ignore[call-arg]
 
 
 def empty_figure(title: str | None, message: str) -> Figure:
@@ -150,6 +144,21 @@ def empty_figure(title: str | None, message: str) -> Figure:
     axes.set_axis_off()
     axes.text(0.5, 0.5, message, ha="center", va="center", fontsize=TEXT_SIZE, color=MUTED, parse_math=False)
     return figure
+
+
+def _write(figure: Figure, lines: Sequence[str], y: float, *, size: float, va: str, **more: str) -> None:
+    figure.text(
+        _EDGE / figure.get_figwidth(),
+        y / figure.get_figheight(),
+        "\n".join(lines),
+        ha="left",
+        va=va,
+        fontsize=size,
+        linespacing=_SPACING,
+        color=more.get("colour", INK),
+        fontweight=more.get("weight", "normal"),
+        parse_math=False,
+    )
 
 
 def save(figure: Figure, path: str | os.PathLike[str], *, dpi: int = DPI) -> Path:
