@@ -17,63 +17,67 @@ _CELLS = 1 << 22  # numbers of a weight matrix held at once
 _PAIRED_GROUPS = 512  # up to here all pairs of groups are compared once, instead of all samples for every resample
 
 
-class _Ranked:
-    """The labelled samples of one output in ascending order of value, with ties resolved once.
+class _Pairs:
+    """The labelled samples of one output: negatives in ascending order, and where each positive falls among them.
 
     Attributes:
-        group: Group of each sample, ``(n,)``.
-        present: Whether each sample is a positive, bool ``(n,)``.
-        first: For each positive the number of samples below its value, ``(P,)``.
-        last: For each positive the number of samples up to its value, ties included, ``(P,)``.
+        negative: Group of each negative, ``(M,)``.
+        positive: Group of each positive, ``(P,)``.
+        below: For each positive the number of negatives below its value, ``(P,)``.
+        upto: The same, ties included, ``(P,)``.
     """
 
     def __init__(self, value: Tensor, present: Tensor, group: Tensor) -> None:
-        value, order = value.sort()
-        self.group, self.present = group[order], present[order]
-        positive = value[self.present].contiguous()
-        self.first = torch.searchsorted(value, positive)
-        self.last = torch.searchsorted(value, positive, right=True)
+        negatives, order = value[~present].sort()
+        positives = value[present]
+        self.negative, self.positive = group[~present][order], group[present]
+        self.below = torch.searchsorted(negatives, positives)
+        self.upto = torch.searchsorted(negatives, positives, right=True)
 
-    def below(self, weights: Tensor) -> Tensor:
-        """Return for each positive the weight of negatives below it, ties by half, ``(R, P)``.
+    def rank(self, weights: Tensor) -> Tensor:
+        """Return twice the weight of negatives below each positive, ties by half, ``(R, P)``; weights ``(R, G)``."""
+        drawn = weights.index_select(1, self.negative)
+        running = torch.nn.functional.pad(drawn.cumsum(1, dtype=drawn.dtype), (1, 0))
+        return running.index_select(1, self.below).add_(running.index_select(1, self.upto))
 
-        Args:
-            weights: Weight of each group, float64 ``(R, G)``.
-        """
-        negatives = weights[:, self.group].masked_fill_(self.present, 0).cumsum(1)
-        negatives = torch.nn.functional.pad(negatives, (1, 0))
-        return (negatives[:, self.first] + negatives[:, self.last]) / 2
+    def chunks(self, weights: Tensor) -> tuple[Tensor, ...]:
+        """Return weights in parts whose matrices fit in memory."""
+        return weights.split(max(1, _CELLS // max(1, len(self.negative) + len(self.positive))))
 
     def in_order(self, weights: Tensor) -> Tensor:
-        """Return the weight of pairs in the right order, ``(R,)``; weights of groups ``(R, G)``."""
+        """Return the weight of pairs in the right order, float64 ``(R,)``; integer weights of groups ``(R, G)``."""
+        # Single precision moves half the bytes, and is exact while every product is a whole number below 2^24.
+        most = float(weights.max()) if weights.numel() else 0.0
+        negatives = torch.bincount(self.negative, minlength=weights.shape[1]).double()
+        total = float((weights @ negatives).max()) if weights.numel() else 0.0
+        narrow = weights.float() if 2 * total * most < 1 << 24 else weights
         parts = [
-            (self.below(part) * part[:, self.group[self.present]]).sum(1)
-            for part in weights.split(max(1, _CELLS // max(1, len(self.group))))
+            self.rank(part).mul_(part.index_select(1, self.positive)).sum(1, dtype=torch.float64)
+            for part in self.chunks(narrow)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) / 2
 
     def between_groups(self, groups: int) -> Tensor:
-        """Return the number of pairs in the right order by groups of negative and positive, ``(G, G)``."""
-        single = torch.eye(groups, dtype=torch.float64, device=self.group.device)
+        """Return the number of pairs in the right order by groups of negative and positive, float64 ``(G, G)``."""
+        single = torch.eye(groups, dtype=torch.float64, device=self.positive.device)
         parts = [
-            torch.zeros(len(part), groups, dtype=torch.float64, device=part.device).index_add_(
-                1, self.group[self.present], self.below(part)
+            torch.zeros(len(part), groups, dtype=part.dtype, device=part.device).index_add_(
+                1, self.positive, self.rank(part)
             )
-            for part in single.split(max(1, _CELLS // max(1, len(self.group))))
+            for part in self.chunks(single)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) / 2
 
 
 def _area(value: Tensor, present: Tensor, group: Tensor, groups: int) -> Callable[[Tensor], Tensor]:
     """Return the area under the curve of one output as a function of group weights, ``(R, G) -> (R,)``."""
-    ranked = _Ranked(value, present, group)
-    zero = torch.zeros(groups, dtype=torch.float64, device=value.device)
-    positives = zero.index_add(0, group, present.double())
-    negatives = zero.index_add(0, group, (~present).double())
-    pairs = ranked.between_groups(groups) if groups <= _PAIRED_GROUPS else None
+    pairs = _Pairs(value, present, group)
+    positives = torch.bincount(pairs.positive, minlength=groups).double()
+    negatives = torch.bincount(pairs.negative, minlength=groups).double()
+    between = pairs.between_groups(groups) if groups <= _PAIRED_GROUPS else None
 
     def area(weights: Tensor) -> Tensor:
-        ordered = ranked.in_order(weights) if pairs is None else ((weights @ pairs) * weights).sum(1)
+        ordered = pairs.in_order(weights) if between is None else ((weights @ between) * weights).sum(1)
         return ratio(ordered, (weights @ positives) * (weights @ negatives), torch.nan)
 
     return area

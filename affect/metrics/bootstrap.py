@@ -72,7 +72,7 @@ def percentile_intervals(resampled: Mapping[str, Tensor], level: float) -> dict[
     if not resampled:
         return {}
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.nanquantile(torch.stack(list(resampled.values()), 1), tails, dim=0).tolist()
+    low, high = torch.nanquantile(torch.stack(list(resampled.values()), 1).double(), tails, dim=0).tolist()
     ends = zip(resampled, low, high, strict=True)
     return {name: None if first != first else (first, last) for name, first, last in ends}
 
