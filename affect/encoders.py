@@ -107,7 +107,10 @@ class TimmEncoder(nn.Module):
         self.model = _create(name, pretrained, image_size, drop_path, dict(arguments or {}))
         config = self.model.pretrained_cfg
         self.image_size = int(image_size or config["input_size"][-1])
-        self.num_features = int(self.model.num_features)
+        self._map_features = int(self.model.num_features)
+        # Some models widen the pooled vector before their classifier, so the vector has channels of its own.
+        widened = int(getattr(self.model, "head_hidden_size", None) or self._map_features)
+        self.num_features = widened if output == "vector" else self._map_features
         default_mean, default_std = config["mean"], config["std"]
         self.origin = f"timm hub {name}" if pretrained else "random"
         if weights == "packaged":
@@ -143,7 +146,7 @@ class TimmEncoder(nn.Module):
     def as_map(self, features: Tensor) -> Tensor:
         """Return ``(B, D, h, w)`` of a map in either memory order, or of ViT tokens without prefix tokens."""
         if features.ndim == 4:
-            channels_last = features.shape[1] != self.num_features and features.shape[-1] == self.num_features
+            channels_last = features.shape[1] != self._map_features and features.shape[-1] == self._map_features
             return features.permute(0, 3, 1, 2) if channels_last else features
         tokens = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
         side = round(tokens.shape[1] ** 0.5)

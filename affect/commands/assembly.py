@@ -51,9 +51,8 @@ def translated(error: BaseException, what: str) -> AffectError:
 # -------------------------------------------------------------------------------------------------- sources
 
 
-def build_sources(config: DictConfig) -> list[Source]:
-    """Return the source of ``dataset``, or those of ``dataset.sources`` in their order."""
-    recipe = make(config.get("prepare"), "prepare")
+def build_sources(config: DictConfig, recipe: CropRecipe | None) -> list[Source]:
+    """Return the source of ``dataset``, or those of ``dataset.sources`` in their order, cropped by ``recipe``."""
     nodes = config.dataset.get("sources")
     listed = list(nodes.values()) if nodes else [config.dataset]
     return [_build_source(node, recipe) for node in listed]

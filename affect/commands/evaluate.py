@@ -15,6 +15,7 @@ from affect.commands.run_folder import CONFIG
 from affect.commands.train import quiet
 from affect.data.images import Source
 from affect.errors import CheckpointError, ConfigError
+from affect.geometry import CropRecipe
 from affect.release import Release, build_model, build_tasks, check_targets, read_release
 from affect.report import environment, results_table, write_json
 from affect.tasks import Task
@@ -31,7 +32,8 @@ def run(config: DictConfig) -> None:
     trust = list(config.trust)
     release = read_release(Path(config.checkpoint).expanduser(), trust)
     settings = data_settings(config, release, trust)
-    sources = assembly.build_sources(settings)
+    described = release.preprocess.get("recipe")
+    sources = assembly.build_sources(settings, CropRecipe.read(described) if described else None)
     tasks = usable_tasks(build_tasks(release), sources, release, console)
     module = build_model(release, build_tasks(release))
     module.tasks = tasks
@@ -68,7 +70,7 @@ def run(config: DictConfig) -> None:
 
 
 def data_settings(config: DictConfig, release: Release, trust: list[str]) -> DictConfig:
-    """Return the nodes ``dataset``, ``protocol``, ``prepare`` and ``data`` of the evaluation.
+    """Return the nodes ``dataset``, ``protocol`` and ``data`` of the evaluation.
 
     What the command line leaves open comes from the run that made the checkpoint.
     """
@@ -88,9 +90,6 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     if given is not None and recipe is not None and given.describe() != recipe:
         differing = sorted(key for key in recipe if given.describe().get(key) != recipe[key])
         raise ConfigError(f"prepare: the checkpoint was trained on other crops (differs in {', '.join(differing)})")
-    settings.prepare = {"_target_": "affect.geometry.CropRecipe.from_description", "description": recipe}
-    if recipe is None:
-        settings.prepare = None
     check_targets(OmegaConf.to_container(settings.dataset, resolve=False), [*trust, "affect"], CONFIG)
     return settings
 

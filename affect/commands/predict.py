@@ -100,7 +100,7 @@ def prediction_recipe(preprocess: dict[str, Any]) -> CropRecipe:
     size = int(preprocess["image_size"])
     if described is None or described["kind"] == "none":
         return CropRecipe(name="box", kind="box", size=size, margin=0.1)
-    return CropRecipe.from_description({**described, "size": size})
+    return CropRecipe.read({**described, "size": size})
 
 
 def predict_faces(

@@ -78,7 +78,7 @@ def _train(config: DictConfig, output: Path, console: Console) -> float | None:
     quiet()
     started = time.time()
     pl.seed_everything(int(config.seed), verbose=False)
-    sources = assembly.build_sources(config)
+    sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
     tasks = assembly.build_tasks(config)
     objectives = assembly.make(config.objectives, "objectives") or {}
     schemes = tuple(sorted({s for o in objectives.values() for s in getattr(o, "schemes", ())}))
@@ -236,10 +236,21 @@ def print_summary(console: Console, summary: dict[str, Any], output: Path) -> No
     console.print(f"run folder: {output}")
 
 
+def headline(records: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records that a terminal shows: summaries, and each output of the metric that stands for its task."""
+    shown = []
+    for record in records:
+        task, (family, _, rest) = record["task"], record["name"].partition("/")
+        score = str(results["config"]["task"][task].get("score")).partition("/")[0]
+        if not record.get("subgroup") and (family == score or rest not in results["labels"][task]):
+            shown.append(record)
+    return shown
+
+
 def print_results(console: Console, results: dict[str, Any]) -> None:
     """Print the table of the test part."""
     for part in ("test",):
-        records = results["metrics"].get(part)
+        records = headline(results["metrics"].get(part) or [], results)
         if records:
             selection = results["selection"]
             title = f"{results['name']}: {results['dataset']} {part} part, weights of {selection['rule']}"

@@ -42,9 +42,10 @@ class CachedImages:
         pixels, done = self._open()
         rows = np.asarray(rows, np.int64).reshape(-1)
         absent = np.unique(rows[done[rows] == 0])
-        for row, image in zip(absent, self.reader.read(absent), strict=True):
-            pixels[row] = image
-            done[row] = 1
+        if len(absent):
+            for row, image in zip(absent, self.reader.read(absent), strict=True):
+                pixels[row] = image
+                done[row] = 1
         return [np.array(pixels[row]) for row in rows]
 
     def __getstate__(self) -> dict:

@@ -45,7 +45,7 @@ def test_results_say_what_was_done(finished: Path) -> None:
     assert found["preprocess"]["channel_order"] == "RGB"
     assert found["preprocess"]["recipe"]["kind"] == "similarity"
     assert found["initial_weights"] == {"encoder": {"encoder": "random"}, "init": None}
-    assert found["environment"]["versions"]["torch"]
+    assert found["environment"]["packages"]["torch"]
     assert found["timing"]["training_seconds"] > 0
     for record in found["metrics"]["test"]:
         assert {"task", "name", "value", "low", "high", "constant", "n"} <= record.keys()
@@ -77,12 +77,12 @@ def test_logged_metrics_agree_with_those_of_the_table(finished: Path) -> None:
 
 
 def test_parts_share_no_subject(finished: Path) -> None:
-    from affect.commands.assembly import build_datamodule, build_sources
+    from affect.commands.assembly import build_datamodule, build_sources, make
     from affect.commands.assembly import build_tasks as make_tasks
 
     config = OmegaConf.load(finished / "config.yaml")
     config.data.limit = None
-    datamodule = build_datamodule(config, build_sources(config), make_tasks(config), 32)
+    datamodule = build_datamodule(config, build_sources(config, make(config.prepare, "prepare")), make_tasks(config), 32)
     datamodule.setup("fit")
     subjects = datamodule.sources[0].table.strings("subject")[0]
     parts = {part: set(subjects[datamodule.part_rows(part)[0]]) for part in ("train", "validation", "test")}
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_task_set_is_refused(
 def test_predictions_are_a_table_that_can_be_trained_on(finished: Path) -> None:
     from affect.data.layouts.table import read
 
-    table = read(finished / "predictions" / "test.parquet", root=finished, check_files=False)
+    table = read(finished / "predictions" / "test.parquet", root=finished, check_images=False)
     assert {"au01_occurrence", "expression", "landmarks_68", "target_expression"} <= table.names
 
 
