@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed at any moment and started again ends bit-identical to one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import SMALL
+
+EPOCHS, STEPS = 3, 5
+SETTINGS = (
+    *SMALL,
+    "callbacks=[default,ema]",
+    "callbacks.progress=null",
+    "callbacks.ema.decay=0.8",
+    "callbacks.last.every_n_steps=2",
+    "model.dropout=0.3",
+    "data.limit=20",
+    f"trainer.max_epochs={EPOCHS}",
+    "bootstrap.resamples=0",
+)
+TEN = sorted(np.random.default_rng(0).choice(np.arange(1, EPOCHS * STEPS + 1), 10, replace=False).tolist())
+QUICK = (TEN[1], TEN[6])
+
+
+def _config(folder: Path) -> Any:
+    from affect.commands.configuration import compose
+
+    return compose("train", [*SETTINGS, f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}"])
+
+
+def _train(folder: Path) -> None:
+    """Train in a process of its own, from the start or from where an earlier one was killed."""
+    torch.set_num_threads(1)
+    from affect.commands import figures, train
+
+    figures.write_run_figures = lambda *arguments: None  # figures cost time and change nothing
+    train.run(_config(folder))
+
+
+def _train_until(folder: Path, step: int) -> None:
+    """Train and kill the process after ``step`` optimiser steps."""
+    import pytorch_lightning as pl
+
+    from affect.commands import train
+
+    class Kill(pl.callbacks.Checkpoint):  # Lightning runs this kind last, after last.ckpt was written
+        def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+            if trainer.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    build = train.build_trainer
+
+    def with_kill(config: Any, first: list) -> pl.Trainer:
+        trainer = build(config, first)
+        trainer.callbacks.append(Kill())
+        return trainer
+
+    train.build_trainer = with_kill
+    _train(folder)
+
+
+def _train_until_write(folder: Path, write: int) -> None:
+    """Train and kill the process in the middle of the ``write``-th checkpoint."""
+    save, count = torch.save, 0
+
+    def half(checkpoint: object, file: Any) -> None:
+        nonlocal count
+        count += 1
+        if count < write:
+            save(checkpoint, file)
+            return
+        file.write(b"PK half of a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+    _train(folder)
+
+
+def _run(target: Callable[..., None], *arguments: object) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["affect.commands.train", "albumentations", "tests.commands.test_resume"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def _outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    results = json.loads((folder / "results.json").read_text())
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    kept = {key: results[key] for key in ("metrics", "selection", "history", "data", "labels")}
+    return load_file(folder / "release" / "model.safetensors"), last["current_model_state"] | last["state_dict"], kept
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert _run(_train, folder) == 0
+    return folder
+
+
+def _same(folder: Path, other: Path) -> None:
+    for ours, theirs in zip(_outcome(folder)[:2], _outcome(other)[:2], strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert _outcome(folder)[2] == _outcome(other)[2]
+
+
+def _killed_after(step: int, folder: Path, uninterrupted: Path) -> None:
+    assert _run(_train_until, folder, step) == -signal.SIGKILL
+    assert not (folder / "results.json").exists()
+    assert _run(_train, folder) == 0
+    _same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("step", QUICK)
+def test_killed_after_a_step(step: int, tmp_path: Path, uninterrupted: Path) -> None:
+    _killed_after(step, tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [step for step in TEN if step not in QUICK])
+def test_killed_after_another_step(step: int, tmp_path: Path, uninterrupted: Path) -> None:
+    _killed_after(step, tmp_path / "run", uninterrupted)
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    assert _run(_train_until_write, folder, 4) == -signal.SIGKILL
+    assert list(folder.glob(".last.ckpt.*")), "the kill came before the write"
+    assert _run(_train, folder) == 0
+    _same(folder, uninterrupted)
+
+
+def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    assert _run(_train_until, folder, 3) == -signal.SIGKILL
+    assert _run(_train_until, folder, 9) == -signal.SIGKILL
+    assert _run(_train, folder) == 0
+    _same(folder, uninterrupted)
+
+
+def test_another_seed_gives_another_result(tmp_path: Path, uninterrupted: Path) -> None:
+    """The comparison above can fail: a run that differs in its seed alone is told apart."""
+    assert _run(_train_with_seed, tmp_path / "run", 2) == 0
+    ours, theirs = _outcome(tmp_path / "run")[0], _outcome(uninterrupted)[0]
+    assert any(not torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+def _train_with_seed(folder: Path, seed: int) -> None:
+    from affect.commands import figures, train
+
+    figures.write_run_figures = lambda *arguments: None
+    config = _config(folder)
+    config.seed = seed
+    train.run(config)
