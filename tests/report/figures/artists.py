@@ -14,8 +14,10 @@ def by_gid(figure: Figure, gid: str) -> list:
 
 def drawn_texts(figure: Figure) -> list[Text]:
     """Texts that a reader sees: matplotlib also keeps labels of hidden axes and of ticks beyond the axes' limits."""
-    # Everything but the pixels: the layout is what counts here.
-    figure.draw_without_rendering()
+    if not getattr(figure, "laid_out", False):
+        # Everything but the pixels, once: the layout is what counts here, and it takes most of the time.
+        figure.draw_without_rendering()
+        figure.laid_out = True
     hidden = set()
     for axes in figure.axes:
         if not axes.get_visible():
