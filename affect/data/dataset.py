@@ -85,6 +85,19 @@ def whole_image(size: int) -> CropRecipe:
     return CropRecipe(name="whole", kind="none", size=size, margin=0.0)
 
 
+def reduction(factor: int) -> int:
+    """Return by how much a decoder may reduce an image that the crop shrinks by ``factor``: 1, 2, 4 or 8.
+
+    The warp averages ``factor`` x ``factor`` pixels. A decoder's averages are part of these, up to rounding, where they
+    divide them; otherwise crops would differ visibly from those of ``CropRecipe.crop``.
+
+    Example:
+        >>> [reduction(factor) for factor in (1, 2, 3, 6, 8, 12)]
+        [1, 2, 1, 2, 8, 4]
+    """
+    return next(by for by in (8, 4, 2, 1) if factor % by == 0)
+
+
 def render(picture: Picture, matrix: np.ndarray, recipe: CropRecipe, factor: int) -> np.ndarray:
     """Return the crop that ``matrix`` maps a picture to, RGB uint8 ``(size, size, 3)``.
 
@@ -96,10 +109,7 @@ def render(picture: Picture, matrix: np.ndarray, recipe: CropRecipe, factor: int
         recipe: Size, border and interpolation of the crop.
         factor: Whole number of pixels that the crop's pixel spans, ``floor(1 / scale)``.
     """
-    reduce = 1
-    if recipe.antialias and recipe.interpolation != "nearest":
-        # A decoder's averages are those of the warp, up to rounding, where they divide the warp's own.
-        reduce = next((by for by in (8, 4, 2) if factor % by == 0), 1)
+    reduce = reduction(factor) if recipe.antialias and recipe.interpolation != "nearest" else 1
     image = picture.pixels(reduce)
     if reduce > 1:
         matrix = compose(matrix, [[reduce, 0, (reduce - 1) / 2], [0, reduce, (reduce - 1) / 2]])

@@ -93,7 +93,7 @@ def split_groups(
 
     Example:
         >>> split_groups(["anna", "ben", "carl", "dora"], 2, seed=0).tolist()
-        [1, 0, 1, 0]
+        [1, 0, 0, 1]
     """
     shares = np.full(fractions, 1.0 / fractions) if isinstance(fractions, int) else np.asarray(fractions, float)
     if len(shares) < 1 or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:

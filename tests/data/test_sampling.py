@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -98,9 +100,9 @@ def sampler(length=50, batch=8, **options):
 def test_batches_partition_the_epoch():
     loaded = flat(sampler())
     assert [len(batch) for batch in loaded] == [8] * 6 == [8] * len(sampler())
-    assert len(set(sum(loaded, []))) == 48
+    assert len(set(chain(*loaded))) == 48
     kept = flat(sampler(drop_last=False))
-    assert sorted(sum(kept, [])) == list(range(50))
+    assert sorted(chain(*kept)) == list(range(50))
     assert len(kept) == len(sampler(drop_last=False)) == 7
 
 
@@ -140,7 +142,7 @@ def test_processes_share_out_each_global_batch(world):
     assert len({len(part) for part in parts}) == 1
     alone = flat(EpochSampler([Pool(np.arange(50), 1.0)], 50, 4 * world, seed=7))
     for k, together in enumerate(alone):
-        assert sorted(sum((part[k] for part in parts), [])) == sorted(together)
+        assert sorted(chain(*(part[k] for part in parts))) == sorted(together)
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
