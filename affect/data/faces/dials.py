@@ -173,6 +173,10 @@ class FaceDials:
             raise ConfigError(
                 "faces.au_rates is a list but au_source=expression: set au_source=independent or chain, or one number"
             )
+        if self.au_source != "expression" and np.ndim(self.au_rates) == 0 and self.au_rates == 1:
+            raise ConfigError(
+                f"faces.au_rates=1 with au_source={self.au_source} shows every action unit always; lower it"
+            )
         if self.au_source == "chain":
             self._check_chain()
 

@@ -138,8 +138,9 @@ def coefficients(identity: np.ndarray, intensity: np.ndarray, side: np.ndarray, 
 
     Args:
         identity: Values of ``IDENTITY``, ``(N, I)``.
-        intensity: Intensities of ``labels.AU_SETS["faces"]`` in FACS units 0 to 5, ``(N, K)``. The stronger side shows it.
-        side: Asymmetry, ``(N,)`` or ``(N, K)`` in [-1, 1]: > 0 weakens the subject's left side, at 1 nothing of it is left.
+        intensity: Intensities of ``labels.AU_SETS["faces"]`` in FACS units 0 to 5, ``(N, K)``: what the
+            stronger side shows.
+        side: Asymmetry, ``(N,)`` or ``(N, K)`` in [-1, 1]: > 0 weakens the subject's left side; at 1 it stays still.
         gaze_pitch: Rotation of the eyes in the head in degrees, ``(N,)``; > 0 looks down, and the lids follow.
     """
     level = np.asarray(intensity, np.float32) / 5
@@ -772,7 +773,7 @@ def face_model() -> FaceModel:
         inside = (edge - middle) * [1.12, 1.25, 1] + middle - [0, 0, 0.9]
         socket = np.concatenate([edge, inside])
         light = np.repeat([0.62, 0.25], len(row))
-        faces = _outward(socket, _grid(2, len(row), True), middle + [0, 0, 0.6])[:, [0, 2, 1]]
+        faces = _outward(socket, _grid(2, len(row), True), np.add(middle, [0, 0, 0.6]))[:, [0, 2, 1]]
         add(name, socket, faces, "skin", np.zeros((len(socket), 2)), light, sheet=True)
         socket_rings.append(row)
 
@@ -995,7 +996,7 @@ def landmarks(
         ``68`` ``(N, 68, 2)``, ``98`` ``(N, 98, 2)``, ``5`` ``(N, 5, 2)`` in pixels and ``box`` ``(N, 4)`` around the
         outline of the face and all points.
     """
-    rest, basis, weights = _point_basis()
+    rest, basis = _point_basis()
     flat = np.asarray(coefficient, np.float32) @ basis
     points = (flat + rest).reshape(len(flat), -1, 3)
     axis = gaze_direction(gaze_pitch, gaze_yaw).astype(np.float32)
@@ -1012,7 +1013,7 @@ def landmarks(
 
 
 @cache
-def _point_basis() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _point_basis() -> tuple[np.ndarray, np.ndarray]:
     """Return rest ``(3 Q,)`` and basis ``(C, 3 Q)`` of all points followed by the two centres of the eyes."""
     model = face_model()
     rest = model.points @ model.rest[model.point_vertices]
@@ -1021,4 +1022,4 @@ def _point_basis() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     moved = np.stack([model.basis[:, index[0]] for index in model.eyes], 1)
     rest = np.concatenate([rest, centres]).astype(np.float32)
     basis = np.concatenate([basis, moved], 1).astype(np.float32)
-    return rest.ravel(), basis.reshape(len(basis), -1), model.points
+    return rest.ravel(), basis.reshape(len(basis), -1)

@@ -9,6 +9,7 @@ as height maps whose depth follows the action units. Edges are smoothed by drawi
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
@@ -30,8 +31,11 @@ from affect.data.faces.geometry3d import (
     rotation,
 )
 from affect.data.faces.sample import HAIR_STYLES, OCCLUDERS, Parameters, points_of
+from affect.errors import ConfigError
 
-_TEXELS = 320
+_TEXELS = 288
+_LIPS = (np.array([80, 81, 82, 13, 312, 311, 310]), np.array([88, 178, 87, 14, 317, 402, 318]))
+"""Facing vertices of the upper and the lower lip."""
 _PART = {name: k for k, name in enumerate(PARTS)}
 _AU = {au: k for k, au in enumerate(ACTION_UNITS)}
 
@@ -284,12 +288,13 @@ def _hair_limits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _shown(cap: bool, curtain: bool) -> np.ndarray:
-    """Return which triangles a hairstyle has, ``(T,)``."""
+def _shown(cap: bool, curtain: bool, mouth: bool) -> np.ndarray:
+    """Return which triangles are there with or without a cap of hair, long hair, and parted lips, ``(T,)``."""
     model = face_model()
     first = model.triangles[:, 0]
     keep = np.ones(len(first), bool)
-    for name, shown in (("hair", cap), ("curtain", curtain)):
+    inside = ("mouth", "teeth_upper", "teeth_lower", "tongue")
+    for name, shown in (("hair", cap), ("curtain", curtain), *((name, mouth) for name in inside)):
         span = model.spans[name]
         if not shown:
             keep &= ~((first >= span.start) & (first < span.stop))
@@ -305,7 +310,7 @@ def _shape(row: Parameters, model: FaceModel) -> _Shape:
     rest = model.rest[span]
     volume = float(row["hair_volume"])
     if style != "bald":
-        low = {"short": -2.2, "medium": -6.5, "long": -8.0, "bun": -3.0}[style]
+        low = {"short": -2.2, "medium": -4.6, "long": -8.0, "bun": -3.0}[style]
         thick = {
             "short": 0.45 + 1.0 * volume,
             "medium": 0.9 + 1.2 * volume,
@@ -313,7 +318,7 @@ def _shape(row: Parameters, model: FaceModel) -> _Shape:
             "bun": 0.4 + 0.5 * volume,
         }[style]
         # In front of the ears hair starts at the temples, behind them at the nape.
-        front = np.clip((rest[:, 2] + 3.9) / 1.6, 0, 1)
+        front = np.clip((rest[:, 2] + 3.9 + 2.2 * np.clip(-(rest[:, 1] + 0.5) / 2, 0, 1)) / 1.6, 0, 1)
         edge = low + (5.2 - 1.2 * row["hairline"] - low) * front
         grow = np.clip((rest[:, 1] - edge) / 1.5 + 0.25, -0.7, 1)
         top = 0.75 + 0.45 * np.clip(rest[:, 1] / 9, 0, 1)
@@ -344,13 +349,14 @@ def _shape(row: Parameters, model: FaceModel) -> _Shape:
         below = vertices[lid, 1] - vertices[index, 1]
         occlusion[index] = 0.42 + 0.58 * np.clip(below / 0.42, 0, 1)
 
+    parted = bool((vertices[_LIPS[0], 1] - vertices[_LIPS[1], 1]).max() > 0.02)
     head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
     body = rotation(*(0.25 * np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
     centred = vertices - PIVOT.astype(np.float32)
     camera = centred @ head.T
     loose = np.flatnonzero(model.rigid < 1)
     camera[loose] += (1 - model.rigid[loose])[:, None] * (centred[loose] @ body.T - camera[loose])
-    return _Shape(camera, occlusion, _shown(style != "bald", curtain))
+    return _Shape(camera, occlusion, _shown(style != "bald", curtain, parted))
 
 
 # ------------------------------------------------------------------------------------------------------ shading
@@ -365,10 +371,22 @@ class _Light(NamedTuple):
 def _light(row: Parameters) -> _Light:
     azimuth, elevation = np.radians(row["light_azimuth"]), np.radians(row["light_elevation"])
     key = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
-    half = key + [0, 0, 1]
+    half = np.add(key, [0, 0, 1])
     half /= np.linalg.norm(half)
     warm = 1 + row["light_warm"] * np.array([0.10, 0.0, -0.12])
     return _Light(key.astype(np.float32), half.astype(np.float32), warm.astype(np.float32))
+
+
+def _view(shape: _Shape, row: Parameters) -> tuple[np.ndarray, float]:
+    """Return the vertices as OpenCV's rasteriser wants them (camera at 0, looking along -z) and the angle of view."""
+    distance = row["distance"]
+    points = shape.camera.copy()
+    points[:, 2] -= distance
+    # A principal point off the middle is a shear along the depth.
+    span = 22.0 / (row["zoom"] * distance)
+    points[:, 0] -= points[:, 2] * span * row["shift_x"]
+    points[:, 1] += points[:, 2] * span * row["shift_y"]
+    return points, 2 * math.atan(span / 2)
 
 
 def _rasterise(
@@ -380,13 +398,8 @@ def _rasterise(
         Texture coordinates and occlusion ``(S, S, 3)``; cosines of the normal with the key light, the halfway
         direction and the vertical ``(S, S, 3)``; the mask of covered pixels ``(S, S)``.
     """
+    points, field = _view(shape, row)
     distance = row["distance"]
-    points = shape.camera.copy()
-    points[:, 2] -= distance
-    # A principal point off the middle is a shear along the depth.
-    span = 22.0 / (row["zoom"] * distance)
-    points[:, 0] -= points[:, 2] * span * row["shift_x"]
-    points[:, 1] += points[:, 2] * span * row["shift_y"]
     # The lids lie on the balls: moved away along the line of sight, a ball shows in the same place but never pierces.
     for eye in model.eyes:
         points[eye] *= 1 + 0.6 / distance
@@ -407,7 +420,6 @@ def _rasterise(
     triangles = np.ascontiguousarray(model.triangles[seen])
     cosines = np.stack([normal @ light.key, normal @ light.half, normal[:, 1]], 1) * 0.5 + 0.5
     first = np.concatenate([model.texture, shape.occlusion[:, None]], 1)
-    field = 2 * np.arctan(span / 2)
     out = []
     for colours in (first, cosines):
         canvas, depth = np.zeros((size, size, 3), np.float32), np.full((size, size), 1000, np.float32)
@@ -451,35 +463,40 @@ def _soft(x: np.ndarray, low: float, high: float) -> np.ndarray:
 def _paint_face(
     uv: np.ndarray, row: Parameters, colours: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return albedo ``(P, 3)``, slope of folds to the right and up ``(P, 2)``, ambient share and gloss ``(P,)``."""
+    """Return the painted skin of pixels of the face with texture coordinates ``uv`` ``(2, P)``.
+
+    Returns:
+        Albedo ``(3, P)``; slope of the folds to the right and upwards ``(2, P)``; share of the ambient light ``(P,)``;
+        gloss ``(P,)``.
+    """
     atlas = _atlas()
     place = np.clip(uv * _TEXELS, 0, _TEXELS - 1).astype(np.int32)
-    texel = np.take(atlas.maps, place[:, 1] * _TEXELS + place[:, 0], 0)
-    value = {name: texel[:, k] for k, name in enumerate(_CHANNELS)}
+    texel = np.take(atlas.maps, place[1] * _TEXELS + place[0], 0)
     age, oily, red = row["age"], row["oily"], row["lips_red"]
     level = row["intensity"] / 5
     depth = np.minimum(atlas.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + atlas.age * max(age - 0.35, 0) * 1.2
     # All that is linear in the maps is one product: folds (height, slopes) and the skin's brightness.
-    mix = np.zeros((texel.shape[1], 4), np.float32)
+    mix = np.zeros((4, texel.shape[1]), np.float32)
     start = len(_CHANNELS)
-    mix[start : start + 6, 3] = 0.035 * row["blotches"]
-    mix[_CHANNELS.index("tone"), 3] = 0.016
-    mix[_CHANNELS.index("grain"), 3] = 0.018 * (0.6 + 0.6 * age)
+    mix[3, start : start + 6] = 0.035 * row["blotches"]
+    mix[3, _CHANNELS.index("tone")] = 0.016
+    mix[3, _CHANNELS.index("grain")] = 0.018 * (0.6 + 0.6 * age)
     for k in range(3):
-        mix[start + 6 + k :: 3, k] = depth
-    fold = texel @ mix
+        mix[k, start + 6 + k :: 3] = depth
+    fold = mix @ texel.T
+    value = dict(zip(_CHANNELS, np.ascontiguousarray(texel[:, :start].T), strict=True))
 
     skin = colours["skin"]
-    albedo = skin * (1 + fold[:, 3:4])
+    albedo = skin[:, None] * (1 + fold[3])
 
     def tint(amount: np.ndarray, *colour: float) -> None:
         """Multiply by a colour (its complement to white is given) where ``amount`` is 1."""
         for k, part in enumerate(colour):
-            if part:
-                albedo[:, k] *= 1 - part * amount
+            albedo[k] *= 1 - part * amount
 
     def cover(amount: np.ndarray, colour: np.ndarray) -> None:
-        np.add(albedo, amount[:, None] * (colour - albedo), out=albedo)
+        for k in range(3):
+            albedo[k] += amount * (float(colour[k]) - albedo[k])
 
     tint(value["red"] * (0.25 + 0.5 * row["skin_red"]), 0.02, 0.16, 0.14)
     tint(value["socket"] * (0.4 + 0.8 * age), 0.12, 0.15, 0.11)
@@ -491,103 +508,99 @@ def _paint_face(
     if row["beard"] > 0:
         kind = int(row["beard_kind"])
         areas = (value["moustache"], np.maximum(value["moustache"], value["beard"]))
-        area = areas[min(kind, 1)]
         strength = row["beard"] * (0.95 if kind < 2 else 0.45)
-        cover(np.clip(area * strength * (0.9 + 0.3 * value["grain"]), 0, 0.95), hair)
+        cover(np.clip(areas[min(kind, 1)] * strength * (0.9 + 0.3 * value["grain"]), 0, 0.95), hair)
     thick = 0.62 + 0.5 * row["brow_thick"]
     cover(0.85 * _soft(-value["brow"], -thick - 0.45, -thick + 0.45), hair * 0.85 + 0.08 * skin)
-    tint(np.clip(value["lash"], 0, 1), 0.85, 0.87, 0.87)
-    tint(np.clip(value["nostril"], 0, 1), 0.80, 0.88, 0.88)
-    ambient = (1 - value["shade"]) * (1 - 0.42 * np.clip(fold[:, 0], 0, 1.3))
+    tint(np.minimum(value["lash"], 1), 0.85, 0.87, 0.87)
+    tint(value["nostril"], 0.80, 0.88, 0.88)
+    ambient = (1 - value["shade"]) * (1 - 0.42 * np.clip(fold[0], 0, 1.3))
     gloss = (0.08 + 0.16 * oily) * (1 + 0.8 * value["red"]) + 0.20 * value["lips"]
-    return albedo, fold[:, 1:3] * [1, -1], ambient, gloss
+    fold[2] *= -1
+    return albedo, fold[1:3], ambient, gloss
 
 
 def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
-    angle = uv[:, 1] * 90
-    iris_angle = float(np.degrees(np.arcsin(IRIS_RADIUS / EYE_RADIUS)))
-    r = angle / iris_angle
-    iris = _palette(_EYES, float(row["eye_colour"]))
-    spokes = 0.85 + 0.15 * np.sin(uv[:, 0] * 2 * np.pi * 23) * np.sin(uv[:, 0] * 2 * np.pi * 7 + 1)
-    ring = np.clip((r - 0.40) / 0.25, 0, 1)
-    coloured = iris[None] * (spokes * (1.25 - 0.35 * ring))[:, None]
-    coloured *= (1 - 0.65 * _soft(r, 0.80, 1.0))[:, None]
-    coloured *= _soft(r, 0.36, 0.46)[:, None] * 0.96 + 0.04
-    white = np.array([0.90, 0.87, 0.85], np.float32) - _soft(r, 1.6, 2.7)[:, None] * np.array(
-        [0.10, 0.24, 0.24], np.float32
-    )
-    return (coloured + _soft(r, 0.95, 1.08)[:, None] * (white - coloured)).astype(np.float32)
+    """Return the albedo ``(3, P)`` of pixels on the eyeballs; ``uv`` holds the turn and the angle from the pole."""
+    r = uv[1] * (90 / float(np.degrees(np.arcsin(IRIS_RADIUS / EYE_RADIUS))))
+    iris = _palette(_EYES, row["eye_colour"])
+    spokes = 0.85 + 0.15 * np.sin(uv[0] * (2 * np.pi * 23)) * np.sin(uv[0] * (2 * np.pi * 7) + 1)
+    shade = spokes * (1.25 - 0.35 * np.clip((r - 0.40) * 4, 0, 1))
+    shade *= 1 - 0.65 * _soft(r, 0.80, 1.0)
+    shade *= _soft(r, 0.36, 0.46) * 0.96 + 0.04
+    outside, red = _soft(r, 0.95, 1.08), _soft(r, 1.7, 3.0)
+    white = np.array([0.90, 0.87, 0.85], np.float32)[:, None] - red * np.array([[0.10], [0.20], [0.20]], np.float32)
+    coloured = iris[:, None] * shade
+    return coloured + outside * (white - coloured)
 
 
 def _shade(
-    first: np.ndarray, cosines: np.ndarray, mask: np.ndarray, row: Parameters, light: _Light, head: np.ndarray
+    first: np.ndarray, cosines: np.ndarray, place: np.ndarray, row: Parameters, light: _Light, head: np.ndarray
 ) -> np.ndarray:
-    """Return the lit colours of the pixels in ``mask``, ``(P, 3)`` in [0, 1] (square-rooted, near sRGB)."""
+    """Return the lit colours ``(3, P)`` in [0, 1] (square-rooted, near sRGB) of the pixels ``place`` ``(P,)``."""
     atlas, colours = _atlas(), _colours(row)
-    place = np.flatnonzero(mask.ravel())
-    data = np.take(first.reshape(-1, 3), place, 0)
-    cosine = np.take(cosines.reshape(-1, 3), place, 0)
+    # One row per quantity: whole-row arithmetic is fast.
+    data = np.ascontiguousarray(np.take(first.reshape(-1, 3), place, 0).T)
+    cosine = np.ascontiguousarray(np.take(cosines.reshape(-1, 3), place, 0).T)
     cosine *= 2
     cosine -= 1
-    scaled = data[:, 0] * len(PARTS)
-    part = np.clip(scaled, 0, len(PARTS) - 1).astype(np.int8)
-    uv = np.stack([np.clip((scaled - part - 0.01) / 0.98, 0, 1), data[:, 1]], 1)
-    count = len(place)
-    albedo, ambient = np.empty((count, 3), np.float32), data[:, 2].copy()
-    gloss = np.zeros(count, np.float32)
+    scaled = data[0] * len(PARTS)
+    part = np.minimum(scaled, len(PARTS) - 1).astype(np.int8)
+    data[0] = np.clip((scaled - part - 0.01) / 0.98, 0, 1)
+    uv, ambient = data[:2], data[2]
+    albedo, gloss = np.empty((3, len(place)), np.float32), np.zeros(len(place), np.float32)
 
     on = {name: np.flatnonzero(part == k) for name, k in _PART.items()}
     k = on["face"]
-    albedo[k], slope, share, gloss[k] = _paint_face(uv[k], row, colours)
+    albedo[:, k], slope, share, gloss[k] = _paint_face(uv[:, k], row, colours)
     ambient[k] *= share
     # Folds tilt the normal; the cosines change by the tilt's own cosine (first order).
-    sideways, upwards = head[:, 0], head[:, 1]
-    cosine[k, 0] += slope @ np.array([light.key @ sideways, light.key @ upwards], np.float32)
-    cosine[k, 1] += slope @ np.array([light.half @ sideways, light.half @ upwards], np.float32)
+    for axis, direction in ((0, light.key), (1, light.half)):
+        cosine[axis, k] += float(direction @ head[:, 0]) * slope[0] + float(direction @ head[:, 1]) * slope[1]
     k = on["skin"]
-    albedo[k] = colours["skin"] * np.array([1, 0.985, 0.98], np.float32)
+    albedo[:, k] = (colours["skin"] * np.array([1, 0.985, 0.98], np.float32))[:, None]
     gloss[k] = 0.06
     k = on["hair"]
-    across = (uv[k, 0] * 255).astype(np.int32)
-    along = (uv[k, 1] * 255 + 8 * row["hair_wave"] * np.sin(uv[k, 0] * 30)).astype(np.int32) % 256
-    strand = atlas.strands[along, across]
-    albedo[k] = colours["hair"] * np.clip(1 + 0.22 * strand, 0.4, 1.7)[:, None]
+    across, along = uv[0, k], uv[1, k]
+    along = (along * 255 + 8 * row["hair_wave"] * np.sin(across * 30)).astype(np.int32) % 256
+    strand = atlas.strands[along, (across * 255).astype(np.int32)]
+    albedo[:, k] = colours["hair"][:, None] * np.clip(1 + 0.22 * strand, 0.4, 1.7)
     gloss[k] = np.clip(0.20 + 0.16 * strand, 0, 0.6) * (0.4 + float(colours["hair"].mean()))
     k = on["teeth"]
-    gap = 0.86 + 0.14 * np.minimum(np.abs(np.sin(uv[k, 0] * np.pi * 9)) * 4, 1)
-    albedo[k] = np.array([0.92, 0.89, 0.83], np.float32) * gap[:, None]
-    gum = _soft(0.22 - uv[k, 1], -0.05, 0.05)[:, None]
-    albedo[k] += gum * (np.array([0.72, 0.38, 0.38], np.float32) - albedo[k])
-    gloss[k] = 0.25
-    albedo[on["mouth"]] = np.array([0.62, 0.26, 0.25], np.float32)
+    if len(k):
+        gap = 0.86 + 0.14 * np.minimum(np.abs(np.sin(uv[0, k] * np.pi * 9)) * 4, 1)
+        gum = _soft(0.22 - uv[1, k], -0.05, 0.05)
+        for channel, (tooth, red) in enumerate(((0.92, 0.72), (0.89, 0.38), (0.83, 0.38))):
+            albedo[channel, k] = tooth * gap + gum * (red - tooth * gap)
+        gloss[k] = 0.25
+    albedo[:, on["mouth"]] = np.array([[0.62], [0.26], [0.25]], np.float32)
     k = on["cloth"]
-    fabric = 1 + 0.12 * np.sin(uv[k, 0] * 2 * np.pi * 40) * float(row["cloth"][3] > 0.5)
-    albedo[k] = colours["cloth"] * fabric[:, None]
+    fabric = 1 + 0.12 * np.sin(uv[0, k] * (2 * np.pi * 40)) * float(row["cloth"][3] > 0.5)
+    albedo[:, k] = colours["cloth"][:, None] * fabric
     k = on["eye"]
-    albedo[k] = _paint_eye(uv[k], row)
+    albedo[:, k] = _paint_eye(uv[:, k], row)
 
     share = 0.35 + 0.65 * ambient
-    sky = (0.72 + 0.28 * cosine[:, 2]) * ambient * row["light_fill"]
-    shine = np.clip(cosine[:, 1], 0, 1)
+    sky = (0.72 + 0.28 * cosine[2]) * ambient
+    sky *= row["light_fill"]
+    shine = np.clip(cosine[1], 0, 1)
     wet = shine[k]
-    shine = shine * shine
-    shine *= shine
-    shine *= shine
-    shine *= shine  # power 16 for skin and hair
+    for _ in range(4):  # power 16 for skin and hair
+        shine *= shine
     shine *= gloss
     shine[k] = 0.85 * wet**110
     shine *= (0.3 + 0.7 * ambient) * (0.55 * row["light_key"] * row["exposure"])
     albedo *= albedo
     # Skin scatters red light farther into the shadow: the light wraps around by a share per colour.
     for channel, wrap in enumerate((0.42, 0.26, 0.20)):
-        lit = np.maximum(cosine[:, 0] + wrap, 0)
+        lit = np.maximum(cosine[0] + wrap, 0)
         lit *= share
         lit *= row["light_key"] * float(light.warm[channel]) / (1 + wrap)
         lit += sky
-        lit *= albedo[:, channel]
+        lit *= albedo[channel]
         lit *= row["exposure"]
         lit += shine * float(light.warm[channel])
-        albedo[:, channel] = lit
+        albedo[channel] = lit
     np.minimum(albedo, 1, out=albedo)
     return np.sqrt(albedo, out=albedo)
 
@@ -596,29 +609,33 @@ def _shade(
 
 
 def _background(row: Parameters, size: int) -> np.ndarray:
-    draw = row["background_draw"]
-    hue, kind = float(row["background_hue"]), int(row["background"])
-    first = _hsv(hue, 0.25 + 0.5 * draw[0], 0.35 + 0.5 * draw[1])
-    if kind == 0:
-        return np.broadcast_to(first, (size, size, 3)).astype(np.float32)
-    second = _hsv((hue + 0.08 * (draw[2] - 0.5)) % 1, 0.2 + 0.5 * draw[3], 0.15 + 0.7 * draw[4])
+    """Return what is behind, ``(S, S, 3)`` in [0, 1]: two colours around the row's hue, mixed by its kind."""
+    draw = [float(value) for value in row["background_draw"]]
+    hue, kind = row["background_hue"], int(row["background"])
+    first = _hsv(hue, 0.12 + 0.5 * draw[0], 0.30 + 0.55 * draw[1])
+    second = _hsv((hue + 0.10 * (draw[2] - 0.5)) % 1, 0.10 + 0.5 * draw[3], 0.12 + 0.7 * draw[4])
     ramp = np.linspace(0, 1, size, dtype=np.float32)
-    if kind == 1:
+    tile = _atlas().static
+    x, y = int(draw[6] * 400), int(draw[7] * 400)
+    if kind == 0:
+        blend = np.zeros((size, size), np.float32)
+    elif kind == 1:
         angle = draw[5] * 2 * np.pi
-        blend = 0.5 + 0.5 * (np.cos(angle) * (2 * ramp[None] - 1) + np.sin(angle) * (2 * ramp[:, None] - 1))
+        blend = 0.5 + 0.5 * (math.cos(angle) * (2 * ramp[None] - 1) + math.sin(angle) * (2 * ramp[:, None] - 1))
     elif kind == 2:
-        tile = _atlas().static
-        x, y = int(draw[6] * 500), int(draw[7] * 500)
-        cells = 5 + int(draw[5] * 5)
-        blend = cv2.resize(tile[y : y + cells, x : x + cells], (size, size), interpolation=cv2.INTER_CUBIC) * 0.35 + 0.5
+        # A scene out of focus: blobs of two sizes, and a straight edge as of a wall or a window.
+        blend = np.full((size, size), 0.5, np.float32)
+        for cells, amount in ((4 + int(draw[5] * 4), 0.30), (11, 0.12)):
+            patch = tile[y : y + cells, x : x + cells]
+            blend += amount * cv2.resize(patch, (size, size), interpolation=cv2.INTER_CUBIC)
+        blend += 0.35 * np.tanh((ramp[None] - draw[8] + 0.2 * (draw[9] - 0.5) * ramp[:, None]) * 14)
     else:
         angle, count = draw[5] * np.pi, 3 + 8 * draw[6]
-        phase = count * 2 * np.pi * (np.cos(angle) * ramp[None] + np.sin(angle) * ramp[:, None])
-        blend = 0.5 + 0.5 * np.tanh(2.5 * np.sin(phase + 6 * draw[7]))
+        across = math.cos(angle) * ramp[None] + math.sin(angle) * ramp[:, None]
+        blend = 0.5 + 0.5 * np.tanh(2.5 * np.sin(count * 2 * np.pi * across + 6 * draw[7]))
         if draw[8] > 0.5:
-            blend *= 0.5 + 0.5 * np.tanh(
-                2.5 * np.sin(count * 2 * np.pi * (np.cos(angle) * ramp[:, None] - np.sin(angle) * ramp[None]))
-            )
+            along = math.cos(angle) * ramp[:, None] - math.sin(angle) * ramp[None]
+            blend *= 0.5 + 0.5 * np.tanh(2.5 * np.sin(count * 2 * np.pi * along))
     return first + np.clip(blend, 0, 1)[:, :, None] * (second - first)
 
 
@@ -694,16 +711,16 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
         colour = _hsv(draw[4], 0.3 + 0.6 * draw[5], 0.2 + 0.7 * draw[6])
     elif kind == "hand":
         colour = _colours(row)["skin"] * 0.93
-        left = draw[0] < 0.5
-        base = np.array([centre[0] + (-0.34 if left else 0.34) * size, size * 1.05])
-        tip = points[[3, 13][0 if not left else 0]] if left else points[13]
+        side = 1 if draw[0] < 0.5 else -1
+        base = np.array([centre[0] - 0.34 * side * size, size * 1.05])
+        tip = points[3 if side == 1 else 13]
         for finger in range(4):
-            end = tip + np.array(
-                [(finger - 1.5) * 0.058 * size * (1 if left else -1), -size * (0.05 + 0.05 * np.sin(finger + 0.4))]
-            )
-            knuckle = base + 0.55 * (end - base) + np.array([(finger - 1.5) * 0.03 * size * (1 if left else -1), 0])
-            for a, b, w in ((base, knuckle, 0.095), (knuckle, end, 0.058)):
-                cv2.line(layer, tuple(_fixed(a)), tuple(_fixed(b)), 1.0, max(1, int(w * size)), cv2.LINE_AA, 4)
+            apart = (finger - 1.5) * side * size
+            end = tip + np.array([0.058 * apart, -size * (0.05 + 0.05 * math.sin(finger + 0.4))])
+            knuckle = base + 0.55 * (end - base) + np.array([0.03 * apart, 0])
+            for a, b, width in ((base, knuckle, 0.095), (knuckle, end, 0.058)):
+                thick = max(1, int(width * size))
+                cv2.line(layer, tuple(_fixed(a)), tuple(_fixed(b)), 1.0, thick, cv2.LINE_AA, 4)
         edge = cv2.GaussianBlur(layer, (0, 0), size * 0.012)
         colour = colour[None, None] * (0.35 + 0.65 * np.clip(edge * 1.4 - 0.25, 0, 1) ** 0.7)[:, :, None]
     elif kind == "mask":
@@ -716,24 +733,18 @@ def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points
         light = light * folds[:, None].astype(np.float32)
     else:
         colour = _colours(row)["hair"]
-        top = points[19] if draw[0] < 0.5 else points[24]
-        for k in range(6):
-            start = top + np.array([(k - 3) * 0.02, -0.2]) * size
-            end = (
-                points[36 if draw[0] < 0.5 else 45]
-                + np.array([(k - 3) * 0.022 + 0.05 * (draw[1] - 0.5), 0.02 + 0.1 * draw[2]]) * size
-            )
-            bend = 0.5 * (start + end) + np.array([0.05 * (draw[3] - 0.5) * size, 0])
-            t = np.linspace(0, 1, 12)[:, None]
-            cv2.polylines(
-                layer,
-                [_fixed((1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end)],
-                False,
-                0.95,
-                max(1, round(0.011 * size)),
-                cv2.LINE_AA,
-                4,
-            )
+        left = draw[0] < 0.5
+        top, low = points[19 if left else 24], points[36 if left else 45]
+        t = np.linspace(0, 1, 12)[:, None]
+        for k in range(7):
+            # Locks of hair that taper to their ends; their places and lengths vary.
+            vary = math.sin(12.9 * k + 40 * draw[1]), math.sin(7.7 * k + 40 * draw[2])
+            start = top + np.array([(k - 3) * 0.03, -0.16]) * size
+            end = low + np.array([(k - 3) * 0.028 + 0.03 * vary[0] + 0.1 * (draw[3] - 0.5), 0.10 * vary[1]]) * size
+            bend = 0.5 * (start + end) + np.array([0.06 * (draw[4] - 0.5) * size, 0])
+            path = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+            half = (0.016 * size * (1 - 0.95 * t)) * [1, 0]
+            cv2.fillPoly(layer, [_fixed(np.concatenate([path - half, (path + half)[::-1]]))], 0.95, cv2.LINE_AA, 4)
     shadow = cv2.GaussianBlur(layer, (0, 0), size * 0.02)
     image *= (1 - 0.35 * np.roll(shadow, round(size * 0.012), 0))[:, :, None]
     image += layer[:, :, None] * (colour * light[:, :, None] * float(row["exposure"]) - image)
@@ -746,7 +757,12 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
     Args:
         row: One row of ``sample.sample``: the same keys, each value without its first axis.
         dials: The dials of the set (its ``image_size``).
+
+    Raises:
+        ConfigError: If the installed OpenCV cannot rasterise triangles.
     """
+    if not hasattr(cv2, "triangleRasterize"):
+        raise ConfigError(f"built-in faces are drawn by OpenCV 5; version {cv2.__version__} is installed, upgrade it")
     # Plain numbers do not turn float32 pixels into float64.
     row = {key: value.item() if np.ndim(value) == 0 else value.astype(np.float32) for key, value in row.items()}
     model, size = face_model(), dials.image_size
@@ -755,7 +771,8 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
     light, shape = _light(row), _shape(row, model)
     first, cosines, mask = _rasterise(shape, model, row, light, large)
     image = np.zeros((large, large, 3), np.float32)
-    image[mask] = _shade(first, cosines, mask, row, light, head)
+    place = np.flatnonzero(mask)
+    image.reshape(-1, 3)[place] = _shade(first, cosines, place, row, light, head).T
     cover = mask.astype(np.float32)
     if row["glasses"] > 0:
         flat = row["coefficient"] @ _corner_basis()

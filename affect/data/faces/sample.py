@@ -18,7 +18,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from affect import labels
-from affect.data.faces.dials import ACTION_UNITS, EXPRESSIONS, FaceDials
+from affect.data.faces.dials import ACTION_UNITS, BACKGROUNDS, EXPRESSIONS, FaceDials
 from affect.data.faces.geometry3d import IDENTITY, Pose, coefficients, landmarks
 
 Parameters = dict[str, np.ndarray]
@@ -72,7 +72,7 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 def uniform(seed: int, stream: str, index: np.ndarray, count: int) -> np.ndarray:
-    """Return ``count`` uniform numbers in (0, 1) per index, ``(N, count)`` float64, a function of all arguments alone."""
+    """Return ``count`` uniform numbers in (0, 1) per index, ``(N, count)``, a function of the arguments alone."""
     with np.errstate(over="ignore"):
         key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN * np.uint64(_STREAMS.index(stream) + 1))
         base = _mix(_mix(np.asarray(index).astype(np.uint64) * _GOLDEN + key) + key)
@@ -207,16 +207,15 @@ def _from_rates(dials: FaceDials, u: np.ndarray, habit: np.ndarray) -> np.ndarra
     return np.where(on, _between(vary, dials.intensity), 0.0)
 
 
-def sample(dials: FaceDials, seed: int, index: np.ndarray) -> Parameters:
+def sample(dials: FaceDials, seed: int, index: np.ndarray, *, camera: bool = True) -> Parameters:
     """Return all parameters of the rows ``index`` ``(N,)``: what is drawn and the noiseless truth.
 
     Keys include ``subject``, ``expression`` (index into the order ``faces``), ``intensity`` ``(N, 18)``, ``side``,
     ``pitch``, ``yaw``, ``roll``, ``gaze_pitch``, ``gaze_yaw``, ``coefficient`` ``(N, C)`` and everything that
-    ``render.render`` reads.
+    ``render.render`` reads; without ``camera`` light, background and camera are left out, which labels do not need.
     """
     index = np.asarray(index, np.int64)
-    u = uniform(seed, "row", index, 20)
-    v = uniform(seed, "camera", index, 40)
+    u = uniform(seed, "row", index, 17)
     a = uniform(seed, "action", index, 3 * len(ACTION_UNITS))
     subject = np.minimum((u[:, 0] * dials.subjects).astype(np.int64), dials.subjects - 1)
     people, place = np.unique(subject, return_inverse=True)
@@ -233,28 +232,18 @@ def sample(dials: FaceDials, seed: int, index: np.ndarray) -> Parameters:
         intensity = _from_rates(dials, a, habit[place])
         expression = expression_of(intensity)
 
-    yaw = _between(u[:, 5], dials.yaw)
     biased = _between((expression + 0.5) / len(EXPRESSIONS), dials.yaw)
-    yaw = np.where(u[:, 6] < dials.pose_bias, biased, yaw)
     # Contempt shows on one side; other displays are nearly symmetric.
-    side = 0.3 * (u[:, 7] - 0.5)
     one_sided = np.where(u[:, 7] < 0.5, -0.9, 0.9)
-    side = np.where(expression == EXPRESSIONS.index(labels.CONTEMPT), one_sided, side)
-
-    hue = np.where(v[:, 0] < dials.background_shortcut, expression / len(EXPRESSIONS) + 0.04 * (v[:, 1] - 0.5), v[:, 1])
-    kinds = {"plain": 0, "gradient": 1, "blurred": 2, "pattern": 3}
-    kind = kinds.get(dials.background)
-    background = np.minimum((v[:, 2] * 4).astype(int), 3) if kind is None else np.full(len(index), kind)
-    covered = v[:, 3] < dials.occluder
-    light = dials.light
+    covered = u[:, 15] < dials.occluder
     parameters: Parameters = {
         "index": index,
         "subject": subject,
         "expression": expression,
         "intensity": intensity.astype(np.float32),
-        "side": side,
+        "side": np.where(expression == EXPRESSIONS.index(labels.CONTEMPT), one_sided, 0.3 * (u[:, 7] - 0.5)),
         "pitch": _between(u[:, 4], dials.pitch),
-        "yaw": yaw,
+        "yaw": np.where(u[:, 6] < dials.pose_bias, biased, _between(u[:, 5], dials.yaw)),
         "roll": _between(u[:, 8], dials.roll),
         "zoom": _between(u[:, 9], dials.zoom),
         "shift_x": dials.shift * (2 * u[:, 10] - 1),
@@ -262,25 +251,43 @@ def sample(dials: FaceDials, seed: int, index: np.ndarray) -> Parameters:
         "distance": _between(u[:, 12], (50.0, 90.0)),
         "gaze_pitch": dials.gaze * 0.6 * (2 * u[:, 13] - 1),
         "gaze_yaw": dials.gaze * (2 * u[:, 14] - 1),
-        "light_azimuth": 20 + light * 65 * (2 * v[:, 4] - 1) - 20 * (1 - light) * 0,
+        "occluder": np.where(covered, 1 + np.minimum((u[:, 16] * 4).astype(int), 3), 0),
+        **body,
+    }
+    parameters["coefficient"] = coefficients(
+        body["identity"], parameters["intensity"], parameters["side"], parameters["gaze_pitch"]
+    )
+    if camera:
+        parameters |= _sample_camera(dials, seed, index, expression)
+    return parameters
+
+
+def _sample_camera(dials: FaceDials, seed: int, index: np.ndarray, expression: np.ndarray) -> Parameters:
+    """Return light, background, places of occluders and the camera's blur and noise."""
+    v = uniform(seed, "camera", index, 31)
+    light = dials.light
+    own = expression / len(EXPRESSIONS) + 0.04 * (v[:, 1] - 0.5)
+    hue = np.where(v[:, 0] < dials.background_shortcut, own, v[:, 1]) % 1.0
+    kinds = BACKGROUNDS[1:]
+    if dials.background in kinds:
+        background = np.full(len(index), kinds.index(dials.background))
+    else:
+        background = np.minimum((v[:, 2] * len(kinds)).astype(int), len(kinds) - 1)
+    return {
+        "light_azimuth": 15 + light * 70 * (2 * v[:, 4] - 1),
         "light_elevation": 25 + light * 30 * (2 * v[:, 5] - 1),
         "light_key": 0.75 + light * 0.35 * (2 * v[:, 6] - 1),
         "light_fill": 0.45 + light * 0.22 * (2 * v[:, 7] - 1),
         "light_warm": light * (2 * v[:, 8] - 1),
         "exposure": 1 + light * 0.22 * (2 * v[:, 9] - 1),
         "background": background,
-        "background_hue": hue % 1.0,
+        "background_hue": hue,
         "background_draw": v[:, 10:20],
-        "occluder": np.where(covered, 1 + np.minimum((v[:, 20] * 4).astype(int), 3), 0),
         "occluder_draw": v[:, 21:28],
         "blur": dials.blur * v[:, 28],
         "noise": dials.noise * v[:, 29],
         "noise_key": v[:, 30],
-        "mirror_hair": v[:, 31],
-        **body,
     }
-    parameters["coefficient"] = coefficients(body["identity"], parameters["intensity"], side, parameters["gaze_pitch"])
-    return parameters
 
 
 def pose_of(parameters: Parameters) -> Pose:
@@ -346,7 +353,18 @@ def labels_of(dials: FaceDials, seed: int, parameters: Parameters, clean: bool =
     affect = valence_arousal(intensity)
     hidden = {f"missing_{family}": np.zeros(len(index), bool) for family in FAMILIES}
     if not clean:
-        u = uniform(seed, "noise", index, 3 * k + 4)
+        noisy = (
+            dials.au_flip,
+            dials.au_missed,
+            dials.intensity_noise,
+            dials.expression_flip,
+            dials.valence_arousal_noise,
+        )
+        u = (
+            uniform(seed, "noise", index, 3 * k + 4)
+            if any(np.any(value) for value in noisy)
+            else np.ones((1, 3 * k + 4))
+        )
         flip = np.broadcast_to(np.asarray(dials.au_flip), (k,))
         missed = np.broadcast_to(np.asarray(dials.au_missed), (k,))
         lost = occurrence & (u[:, k : 2 * k] < missed)

@@ -10,13 +10,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from affect import labels
 from affect.data.faces.dials import ACTION_UNITS, EXPRESSIONS, FaceDials
 from affect.data.faces.render import render
 from affect.data.faces.sample import attributes_of, labels_of, points_of, sample
+from affect.data.table import FaceTable, replacing
 from affect.errors import ConfigError, DataError
 
 DATASET = "faces"
@@ -24,13 +24,13 @@ SKIN_GROUPS = ("light", "medium", "dark")
 _CHUNK = 16384
 
 
-def metadata(dials: FaceDials, seed: int, clean: bool = False) -> dict[str, str]:
-    """Return the table's metadata as strings (lists and mappings as JSON)."""
+def metadata(dials: FaceDials, seed: int, clean: bool = False) -> dict[str, object]:
+    """Return what the table says of itself."""
     return {
         "dataset": DATASET,
-        "expressions": json.dumps(EXPRESSIONS),
+        "expressions": list(EXPRESSIONS),
         "label_source": "exact: parameters of the drawn face" if clean else "drawn face, with the dials' label noise",
-        "faces": json.dumps({"seed": seed, "clean": clean, "dials": asdict(dials)}),
+        "faces": {"seed": seed, "clean": clean, "dials": asdict(dials)},
     }
 
 
@@ -46,7 +46,8 @@ def labels_table(dials: FaceDials, seed: int, count: int, *, first: int = 0, cle
 
     Returns:
         A table with the columns of ``docs/architecture.md``; ``image`` is ``face/<index>``. Additional columns:
-        ``gaze_pitch`` and ``gaze_yaw`` (degrees, eyes in the head, signs as for the head), ``skin_group``.
+        ``gaze_pitch`` and ``gaze_yaw`` (degrees, eyes in the head, signs as for the head), ``skin_group`` (``light``,
+        ``medium``, ``dark``). The schema's metadata is what ``FaceTable.from_arrow`` reads.
 
     Raises:
         ConfigError: If ``count`` or ``first`` is negative.
@@ -57,11 +58,13 @@ def labels_table(dials: FaceDials, seed: int, count: int, *, first: int = 0, cle
         _piece(dials, seed, np.arange(start, min(start + _CHUNK, first + count)), clean)
         for start in range(first, first + max(count, 1), _CHUNK)
     ]
-    return pa.concat_tables(pieces).replace_schema_metadata(metadata(dials, seed, clean))
+    table = pa.concat_tables(pieces).combine_chunks()
+    # The place where ``FaceTable.from_arrow`` looks for it.
+    return table.replace_schema_metadata({"affect": json.dumps({"metadata": metadata(dials, seed, clean)})})
 
 
 def _piece(dials: FaceDials, seed: int, index: np.ndarray, clean: bool) -> pa.Table:
-    parameters = sample(dials, seed, index)
+    parameters = sample(dials, seed, index, camera=False)
     written = labels_of(dials, seed, parameters, clean)
     points = points_of(parameters, dials.image_size)
     columns: dict[str, pa.Array] = {}
@@ -163,34 +166,25 @@ def write_files(
     described = json.dumps({"seed": seed, "suffix": suffix, "dials": asdict(dials)}, indent=1)
     if note.exists() and note.read_text() != described:
         raise DataError(f"{note}: the folder holds faces of another seed, dials or suffix; choose another folder")
-    _write_atomically(note, described.encode())
+    with replacing(note) as draft:
+        draft.write_text(described)
     paths = [f"face/{k // 1000:05d}/{k:08d}{suffix}" for k in range(count)]
+    for folder in {Path(path).parent for path in paths}:
+        (root / folder).mkdir(parents=True, exist_ok=True)
     images = FaceImages(dials, seed)
     missing = [k for k in range(count) if not (root / paths[k]).exists()]
-    for k in missing[:1] + [m for m in missing if m % 1000 == 0]:
-        (root / paths[k]).parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=count, initial=count - len(missing), desc="faces", unit="face", disable=not progress)
-    with bar:
+    with tqdm(total=count, initial=count - len(missing), desc="faces", unit="face", disable=not progress) as bar:
         for start in range(0, len(missing), 64):
             block = missing[start : start + 64]
             for k, image in zip(block, images.read(np.array(block)), strict=True):
                 done, data = cv2.imencode(suffix, image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
                 if not done:
-                    raise DataError(f"{root / paths[k]}: the image could not be encoded")
-                target = root / paths[k]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _write_atomically(target, data.tobytes())
+                    raise DataError(f"{root / paths[k]}: OpenCV could not encode the image")
+                with replacing(root / paths[k]) as draft:
+                    draft.write_bytes(data.tobytes())
             bar.update(len(block))
     table = labels_table(dials, seed, count, clean=clean)
     table = table.set_column(0, "image", pa.array(paths, pa.string()))
     target = root / "faces.parquet"
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    _write_atomically(target, sink.getvalue().to_pybytes())
+    FaceTable.from_arrow(table, root).to_parquet(target)
     return target
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_bytes(data)
-    draft.replace(path)
