@@ -21,6 +21,7 @@ SMALL = (
     "dataset.dials.image_size=48",
     "dataset.dials.subjects=20",
     "callbacks.progress=null",
+    "trainer.enable_progress_bar=false",
     "logger=none",
 )
 """Overrides of a run of seconds on the built-in faces."""

@@ -457,6 +457,19 @@ class FaceDataModule(pl.LightningDataModule):
         """Let training start at batch ``batch`` of epoch ``epoch``; takes effect with the next training loader."""
         self._start = (int(epoch), int(batch))
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the place to continue at.
+
+        The loader's own state comes too late where an optimiser asks for the number of steps: Lightning then makes the
+        loader before it restores the state of its loops.
+        """
+        epoch, batch = self.position()
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue at the place of ``state_dict``."""
+        self.set_position(state_dict["epoch"], state_dict["batch"])
+
     # ----------------------------------------------------------------------------------------------- summary
 
     def summary(self) -> dict[str, Any]:

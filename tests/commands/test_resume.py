@@ -22,7 +22,6 @@ EPOCHS, STEPS = 3, 5
 SETTINGS = (
     *SMALL,
     "callbacks=[default,ema]",
-    "callbacks.progress=null",
     "callbacks.ema.decay=0.8",
     "callbacks.last.every_n_steps=2",
     "model.dropout=0.3",
