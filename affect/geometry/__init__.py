@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of faces: alignment and crops, heat maps, detectors and landmark providers."""
+"""Geometry of faces: alignment and crops, detectors and landmark providers (heat maps in ``affect.geometry.heatmaps``)."""
 
 from affect.geometry.alignment import (
     CropRecipe,
@@ -12,9 +12,35 @@ from affect.geometry.alignment import (
     transform_points,
     warp,
 )
+from affect.geometry.providers import (
+    Detection,
+    FaceAlignmentFinder,
+    FaceApiDetector,
+    FaceApiFinder,
+    FaceApiLandmarks,
+    FaceDetector,
+    FaceFinder,
+    FaceObservation,
+    LandmarkProvider,
+    MediapipeFinder,
+    Pose,
+    TwoStageFinder,
+)
 
 __all__ = [
     "CropRecipe",
+    "Detection",
+    "FaceAlignmentFinder",
+    "FaceApiDetector",
+    "FaceApiFinder",
+    "FaceApiLandmarks",
+    "FaceDetector",
+    "FaceFinder",
+    "FaceObservation",
+    "LandmarkProvider",
+    "MediapipeFinder",
+    "Pose",
+    "TwoStageFinder",
     "compose",
     "flip_matrix",
     "invert",
