@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every target works in a fresh clone: it makes the virtual environment first if there is none.
 
-# The first Python on the path that is new enough; `make … PYTHON=…` names another.
+# The first Python on the path that is new enough, looked for once and only when needed; `make … PYTHON=…` names another.
 NEW_ENOUGH := import sys; print("yes" if sys.version_info >= (3, 11) else "")
-FOUND := $(foreach name,python3.11 python3.12 python3.13 python3,$(if $(shell $(name) -c '$(NEW_ENOUGH)' 2>/dev/null),$(name)))
-PYTHON ?= $(or $(firstword $(FOUND)),python3)
+PYTHON ?= $(eval PYTHON := $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	if test "`$$name -c '$(NEW_ENOUGH)' 2>/dev/null`" = yes; then echo $$name; exit; fi; done; echo python3))$(PYTHON)
 VENV ?= .venv
 EXTRAS ?= demo,mediapipe,dev
 

@@ -79,10 +79,14 @@ def test_files_about_the_package_agree():
 
 
 def test_every_make_target_makes_its_environment_first():
-    for target in ("train", "test", "lint", "format", "benchmark"):
-        command = ["make", "-n", target, "VENV=/nowhere/venv"]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert shown.index("-m venv /nowhere/venv") < shown.index("-m pip install") < shown.rindex("/nowhere/venv/bin/")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("setup", "train", "test", "lint", "format", "benchmark"):
+        assert re.search(rf"^{target}: \$\(STAMP\)$", makefile, re.MULTILINE), target
+    command = ["make", "-n", "test", "VENV=/nowhere/venv"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert (
+        shown.index("-m venv /nowhere/venv") < shown.index("-m pip install") < shown.index("/nowhere/venv/bin/pytest")
+    )
 
 
 def test_an_old_python_is_refused_with_a_clear_line(tmp_path):
