@@ -38,7 +38,7 @@ def cross_entropy(
     """
     logit, label = prepare(output, target, mask)
     labelled = mask.any(1, keepdim=True)
-    # An unlabelled row keeps all classes: a softmax over none of them would be NaN.
+    # An unlabelled row keeps all classes: a softmax over none of them would put NaN into the graph.
     possible = mask | ~labelled
     log_probability = torch.where(possible, logit, -torch.inf).log_softmax(1)
     if smoothing > 0:

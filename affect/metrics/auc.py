@@ -144,8 +144,9 @@ class AUC(Metric):
         """Return all numbers by name, float64 scalars."""
         self.require_bound()
         self._fill_empty()
-        values, target, mask = (dim_zero_cat(state) for state in (self.values, self.target, self.mask))
-        return self.score(values, target, mask.bool())
+        # Ranked on the processor: running sums on an accelerator are not deterministic, and torch can forbid them.
+        values, target, mask = (dim_zero_cat(state).cpu() for state in (self.values, self.target, self.mask))
+        return {name: number.to(self.device) for name, number in self.score(values, target, mask.bool()).items()}
 
     def _fill_empty(self) -> None:
         """Give a state without samples its shape and type, which other devices expect when they gather."""

@@ -120,6 +120,15 @@ class LossContract:
         terms.sum.sum().backward()
         assert (output.grad == 0).all()
 
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+    def test_no_step_of_the_backward_pass_is_nan(self, data):
+        """Users look for NaN with torch's anomaly mode: a masked one within our graph would be a false alarm."""
+        output, target, mask = data
+        output.requires_grad_()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            self.make()(output, target, mask).sum.sum().backward()
+            self.make()(output, target, torch.zeros_like(mask)).sum.sum().backward()
+
     def test_no_samples_give_zero(self, data):
         terms = self.make()(*(tensor[:0] for tensor in data))
         assert (terms.sum == 0).all()

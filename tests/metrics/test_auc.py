@@ -42,6 +42,17 @@ def test_is_the_share_of_ordered_pairs():
     torch.testing.assert_close(found[0], expected)
 
 
+@pytest.mark.parametrize("largest", [3, 5000])
+def test_large_weights_are_summed_without_rounding(largest):
+    """Products of weights beyond 2^24 would lose their last digits in single precision."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(30, (300,), generator=generator).float()
+    pairs = auc_module._Pairs(values, torch.rand(300, generator=generator) < 0.5, torch.arange(300) % 50)
+    weights = torch.randint(largest + 1, (20, 50), generator=generator).double()
+    expected = ((weights @ pairs.between_groups(50)) * weights).sum(1)
+    assert torch.equal(pairs.in_order(weights), expected)
+
+
 def test_one_class_only_has_no_curve_and_is_left_out():
     values, target = torch.rand(10, 3), torch.zeros(10, 3)
     target[:5, 0], target[:, 2] = 1, 1

@@ -58,6 +58,8 @@ def test_threshold_is_inclusive_in_single_precision():
     values = torch.tensor([[0.7, 0.7, 0.7]])  # the float32 nearest to 0.7 is below the float64 0.7
     counts = binary_counts(values, torch.ones(1, 3), torch.ones(1, 3) > 0, [0.7, 0.5, 0.7000001])
     assert counts[0, :, 0].tolist() == [1, 1, 0]
+    doubled = torch.full((1, 1), 0.3, dtype=torch.float64)  # below the float32 nearest to 0.3
+    assert binary_counts(doubled, torch.ones(1, 1), torch.ones(1, 1) > 0, 0.3)[0, 0, 0] == 1
 
 
 def test_soft_labels_count_from_one_half():
