@@ -144,7 +144,8 @@ def coefficients(identity: np.ndarray, intensity: np.ndarray, side: np.ndarray, 
         gaze_pitch: Rotation of the eyes in the head in degrees, ``(N,)``; > 0 looks down, and the lids follow.
     """
     level = np.asarray(intensity, np.float32) / 5
-    side = np.broadcast_to(np.asarray(side, np.float32).reshape(len(level), -1), level.shape)
+    side = np.asarray(side, np.float32)
+    side = np.broadcast_to(side[:, None] if side.ndim == 1 else side, level.shape)
     right = level * (1 - np.clip(-side, 0, 1))
     left = level * (1 - np.clip(side, 0, 1))
     index = {au: k for k, au in enumerate(ACTION_UNITS)}
@@ -444,8 +445,8 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
     part += (lower > 0.5) * move((18, (1.6, 0.9, 2), (0, -0.30, -0.05)))
 
     fields = {
-        1: move(*rise(brow_in, (0.08, 0.95, 0.08)), ((-1.7, 6.4, 4.9), (1.8, 0.9, 3), (0, 0.45, 0))),
-        2: move(*rise(brow_out, (-0.05, 0.95, 0.0)), ((-4.6, 6.4, 3.6), (1.8, 0.9, 3), (0, 0.45, 0))),
+        1: move(*rise(brow_in, (0.08, 1.08, 0.08)), ((-1.7, 6.4, 4.9), (1.8, 0.9, 3), (0, 0.45, 0))),
+        2: move(*rise(brow_out, (-0.05, 0.88, 0.0)), ((-4.6, 6.4, 3.6), (1.8, 0.9, 3), (0, 0.45, 0))),
         4: move(
             *rise(brow_in, (0.46, -0.82, 0.20)),
             *rise([(105, (1.1, 1.1, 3)), (52, (1.1, 1.0, 3))], (0.25, -0.66, 0.05)),
@@ -730,8 +731,8 @@ def face_model() -> FaceModel:
     drop = np.linspace(0, 1, 9)
     curtain = np.stack(
         [
-            np.stack([-8.7 * np.sin(around), 0 * around + 6.0 - 20.0 * s, -2.6 + 8.8 * np.cos(around)], 1)
-            * [1 + 0.10 * np.sin(np.pi * s), 1, 1]
+            np.stack([-8.7 * np.sin(around), 0 * around + 4.5 - 18.5 * s, -2.6 + 8.8 * np.cos(around)], 1)
+            * [0.84 + 0.24 * np.sin(np.pi * min(0.62 * s + 0.1, 0.75)), 1, 1]
             for s in drop
         ]
     ).reshape(-1, 3)
@@ -969,15 +970,22 @@ def gaze_direction(gaze_pitch: np.ndarray, gaze_yaw: np.ndarray) -> np.ndarray:
     return rotation(gaze_pitch, gaze_yaw, np.zeros_like(np.asarray(gaze_pitch, np.float64)))[:, :, 2]
 
 
+def _project(x: np.ndarray, y: np.ndarray, z: np.ndarray, pose: Pose, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixel columns and rows, each ``(N, P)``, of points given by coordinate, each ``(N, P)``."""
+    r = rotation(*pose[:3]).astype(np.float32)[..., None]
+    x, y, z = (axis - np.float32(origin) for axis, origin in zip((x, y, z), PIVOT, strict=True))
+    depth = pose.distance.astype(np.float32)[:, None] - (r[:, 2, 0] * x + r[:, 2, 1] * y + r[:, 2, 2] * z)
+    factor = (pose.zoom * image_size / 22.0 * pose.distance).astype(np.float32)[:, None] / depth
+    column = factor * (r[:, 0, 0] * x + r[:, 0, 1] * y + r[:, 0, 2] * z)
+    row = factor * (r[:, 1, 0] * x + r[:, 1, 1] * y + r[:, 1, 2] * z)
+    column += ((0.5 + pose.shift_x) * image_size - 0.5).astype(np.float32)[:, None]
+    np.subtract(((0.5 + pose.shift_y) * image_size - 0.5).astype(np.float32)[:, None], row, out=row)
+    return column, row
+
+
 def project(points: np.ndarray, pose: Pose, image_size: int) -> np.ndarray:
     """Return pixels ``(N, P, 2)`` (first pixel centre at 0) of points ``(N, P, 3)`` in the head's coordinates."""
-    turned = np.matmul(points - PIVOT.astype(np.float32), rotation(*pose[:3]).astype(np.float32).transpose(0, 2, 1))
-    scale = (pose.zoom * image_size / 22.0 * pose.distance).astype(np.float32)[:, None]
-    depth = pose.distance.astype(np.float32)[:, None] - turned[:, :, 2]
-    factor = scale / depth
-    x = factor * turned[:, :, 0] + ((0.5 + pose.shift_x) * image_size - 0.5).astype(np.float32)[:, None]
-    y = ((0.5 + pose.shift_y) * image_size - 0.5).astype(np.float32)[:, None] - factor * turned[:, :, 1]
-    return np.stack([x, y], -1)
+    return np.stack(_project(points[..., 0], points[..., 1], points[..., 2], pose, image_size), -1)
 
 
 def landmarks(
@@ -997,29 +1005,39 @@ def landmarks(
         outline of the face and all points.
     """
     rest, basis = _point_basis()
+    # One plane per coordinate: whole rows are contiguous.
     flat = np.asarray(coefficient, np.float32) @ basis
-    points = (flat + rest).reshape(len(flat), -1, 3)
-    axis = gaze_direction(gaze_pitch, gaze_yaw).astype(np.float32)
-    pupils = points[:, -2:] + axis[:, None] * EYE_RADIUS
-    pixels = project(np.concatenate([points[:, :-2], pupils], 1), pose, image_size)
+    flat += rest
+    planes = flat.reshape(len(flat), 3, basis.shape[1] // 3)
+    planes[:, :, -2:] += EYE_RADIUS * gaze_direction(gaze_pitch, gaze_yaw).astype(np.float32)[:, :, None]
+    pixels = _project(planes[:, 0], planes[:, 1], planes[:, 2], pose, image_size)
     slices = face_model().point_slices
-    full = np.concatenate([pixels[:, slices["98"]], pixels[:, -2:]], 1)
-    points68 = pixels[:, slices["68"]]
-    five = np.stack([points68[:, list(rows)].mean(1) for rows in labels.POINTS_68_TO_5], 1)
-    around = pixels[:, slices["outline"].start : slices["outline"].stop]
-    around = np.concatenate([around, points68], 1)
-    box = np.concatenate([around.min(1), around.max(1)], 1)
-    return {"68": points68, "98": full, "5": five, "box": box}
+    rows68, rows98, outline = slices["68"], slices["98"], slices["outline"]
+    full = np.concatenate([np.arange(rows98.start, rows98.stop), [planes.shape[2] - 2, planes.shape[2] - 1]])
+    centres = np.zeros((68, 5), np.float32)
+    for k, members in enumerate(labels.POINTS_68_TO_5):
+        centres[list(members), k] = 1 / len(members)
+    corners = [
+        reduce(np.stack([reduce(axis[:, outline], 1), reduce(axis[:, rows68], 1)]), 0)
+        for reduce in (np.min, np.max)
+        for axis in pixels
+    ]
+    return {
+        "68": np.stack([axis[:, rows68] for axis in pixels], -1),
+        "98": np.stack([np.take(axis, full, 1) for axis in pixels], -1),
+        "5": np.stack([axis[:, rows68] @ centres for axis in pixels], -1),
+        "box": np.stack(corners, 1),
+    }
 
 
 @cache
 def _point_basis() -> tuple[np.ndarray, np.ndarray]:
-    """Return rest ``(3 Q,)`` and basis ``(C, 3 Q)`` of all points followed by the two centres of the eyes."""
+    """Return rest ``(3 Q,)`` and basis ``(C, 3 Q)``, by coordinate, of all points and then the two eyes' centres."""
     model = face_model()
     rest = model.points @ model.rest[model.point_vertices]
-    basis = np.einsum("pf,cfd->cpd", model.points, model.basis[:, model.point_vertices])
+    basis = np.einsum("pf,cfd->cdp", model.points, model.basis[:, model.point_vertices])
     centres = np.stack([EYE_CENTRE, EYE_CENTRE * [-1, 1, 1]])
-    moved = np.stack([model.basis[:, index[0]] for index in model.eyes], 1)
-    rest = np.concatenate([rest, centres]).astype(np.float32)
-    basis = np.concatenate([basis, moved], 1).astype(np.float32)
-    return rest.ravel(), basis.reshape(len(basis), -1)
+    moved = np.stack([model.basis[:, index[0]] for index in model.eyes], 2)
+    rest = np.concatenate([rest, centres]).T.astype(np.float32)
+    basis = np.concatenate([basis, moved], 2).astype(np.float32)
+    return np.ascontiguousarray(rest).ravel(), basis.reshape(len(basis), -1)

@@ -56,6 +56,7 @@ class Observation(Protocol):
 
     points: np.ndarray
     blendshapes: Mapping[str, float] | None
+    pose: Sequence[float] | None
 
 
 class Finder(Protocol):
@@ -91,18 +92,21 @@ def judge_points(finder: Finder, dials: FaceDials, seed: int, count: int = 200) 
 
     Returns:
         ``detection_rate``; ``nme_mean``, ``nme_median``, ``nme_90`` (90th percentile) of the inner 51 points, as
-        fractions of the distance between the outer corners of the eyes; ``count``.
+        fractions of the distance between the outer corners of the eyes; ``count``; and ``pose_error_pitch``, ``…yaw``,
+        ``…roll``: mean absolute differences in degrees, if the judge estimates the pose.
     """
     clip = lambda limits: (max(limits[0], -20.0), min(limits[1], 20.0))  # noqa: E731
     dials = replace(dials, occluder=0.0, pitch=clip(dials.pitch), yaw=clip(dials.yaw))
     parameters = sample(dials, seed, np.arange(count))
     truth = points_of(parameters, dials.image_size)["68"]
-    inner, errors = list(labels.INNER_51), []
+    inner, errors, turned = list(labels.INNER_51), [], []
     for k in range(count):
         face = _best(finder.find(render(_row(parameters, k), dials)), truth[k])
         if face is not None:
             between = np.linalg.norm(truth[k, 36] - truth[k, 45])
             errors.append(np.linalg.norm(np.asarray(face.points)[inner] - truth[k, inner], axis=1).mean() / between)
+            if getattr(face, "pose", None) is not None:
+                turned.append(np.abs(np.subtract(face.pose, [parameters[angle][k] for angle in labels.POSE_ANGLES])))
     found = np.array(errors) if errors else np.array([np.nan])
     return {
         "count": count,
@@ -110,6 +114,11 @@ def judge_points(finder: Finder, dials: FaceDials, seed: int, count: int = 200) 
         "nme_mean": float(found.mean()),
         "nme_median": float(np.median(found)),
         "nme_90": float(np.quantile(found, 0.9)),
+        **(
+            {f"pose_error_{a}": float(e) for a, e in zip(labels.POSE_ANGLES, np.mean(turned, 0), strict=True)}
+            if turned
+            else {}
+        ),
     }
 
 

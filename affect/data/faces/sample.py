@@ -295,7 +295,7 @@ def pose_of(parameters: Parameters) -> Pose:
     return Pose(*(parameters[name] for name in Pose._fields))
 
 
-def points_of(parameters: Parameters, image_size: int, chunk: int = 2048) -> dict[str, np.ndarray]:
+def points_of(parameters: Parameters, image_size: int, chunk: int = 1024) -> dict[str, np.ndarray]:
     """Return the points and boxes of sampled rows (see ``geometry3d.landmarks``), in pieces that fit the cache."""
     pose = pose_of(parameters)
     count = len(parameters["index"])

@@ -21,7 +21,7 @@ from affect.errors import ConfigError, DataError
 
 DATASET = "faces"
 SKIN_GROUPS = ("light", "medium", "dark")
-_CHUNK = 16384
+_CHUNK = 65536
 
 
 def metadata(dials: FaceDials, seed: int, clean: bool = False) -> dict[str, object]:
@@ -73,9 +73,9 @@ def _piece(dials: FaceDials, seed: int, index: np.ndarray, clean: bool) -> pa.Ta
         return pa.array(np.ascontiguousarray(values, np.float32), pa.float32(), mask=hidden)
 
     def numbers(values: np.ndarray, hidden: np.ndarray) -> pa.Array:
-        flat = np.ascontiguousarray(values.reshape(len(values), -1), np.float32)
-        width = flat.shape[1] if flat.ndim == 2 else 0
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), width, mask=pa.array(hidden))
+        width = int(np.prod(values.shape[1:]))
+        flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
+        return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(hidden))
 
     def text(codes: np.ndarray, names: list[str]) -> pa.Array:
         return pa.array(names, pa.string()).take(pa.array(codes))
