@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config tree: every leaf instantiates and lists every argument; every experiment runs; tasks learn."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from affect.commands import assembly, train
+from affect.commands.configuration import compose as compose_config
+from affect.commands.configuration import config_directory
+
+CONF = config_directory()
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("base", "hydra"))
+LEAVES = sorted(f"{group}={path.stem}" for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+NEEDS = {
+    "dataset=table": ("dataset.table={tmp}/labels.csv",),
+    "dataset=orl": (),
+    "finder=mediapipe": (),
+    "finder=face_alignment": (),
+}
+ELSEWHERE = ("trainer", "read", "images", "encoder")
+FRAMEWORK_ARGUMENTS = {
+    "tasks", "optimizer", "scheduler", "weighting", "objectives", "self", "args", "kwargs", "params", "total_steps",
+    "loss", "metrics", "target", "weight", "score", "common", "clean", "check_images", "last_epoch",
+}  # fmt: skip
+"""Arguments that the framework fills in, and those that a task's own keys hold."""
+
+
+def leaf(group: str, option: str) -> DictConfig:
+    return OmegaConf.load(CONF / group / f"{option}.yaml")
+
+
+def targets(node: object) -> list[DictConfig]:
+    """Return every node of a leaf that names a class."""
+    found: list[DictConfig] = []
+    if isinstance(node, DictConfig):
+        found += [node] if "_target_" in node else []
+        for key in node:
+            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
+                found += targets(node[key])
+    return found
+
+
+def callee(name: str) -> Callable:
+    try:
+        return get_class(name)
+    except (ImportError, ValueError):
+        return get_method(name)
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_leaf_names_things_that_exist_and_says_what_it_is(name: str) -> None:
+    group, option = name.split("=")
+    for node in targets(leaf(group, option)):
+        signature = inspect.signature(callee(node["_target_"]))
+        accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        for key in node:
+            known = str(key) in signature.parameters or str(key).startswith("_")
+            assert known or accepts_any, f"{name}: {node['_target_']} takes no argument {key}"
+    if group not in ("optimizer", "trainer"):
+        assert (CONF / group / f"{option}.yaml").read_text().startswith("#"), f"{name}: say what it is in the first line"
+
+
+@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] not in ("trainer", "optimizer", "logger", "debug")])
+def test_leaves_of_our_classes_list_every_argument_with_its_default(name: str) -> None:
+    group, option = name.split("=")
+    for node in targets(leaf(group, option)):
+        target = str(node["_target_"])
+        if not target.startswith("affect.") or target.startswith("affect.geometry.") or "layouts" in target:
+            continue
+        for parameter in inspect.signature(callee(target)).parameters.values():
+            if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                continue
+            assert parameter.name in node or parameter.name in FRAMEWORK_ARGUMENTS, f"{name}: {target} {parameter.name}"
+
+
+def test_the_dials_of_the_built_in_faces_are_listed_with_their_defaults() -> None:
+    from dataclasses import asdict
+
+    from affect.data.faces import FaceDials
+
+    listed = OmegaConf.to_container(leaf("dataset", "faces").dials)
+    assert isinstance(listed, dict)
+    listed.pop("_target_")
+    expected = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(FaceDials()).items()}
+    assert listed == expected
+
+
+@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] in ("loss", "target", "prepare")])
+def test_small_leaves_instantiate(name: str) -> None:
+    config = compose_config("train", [name, "task=[au]"])
+    group = name.split("=")[0]
+    made = assembly.make(config[group], group)
+    assert (made is None) == (len(config[group]) == 0)
+
+
+@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "task"])
+def test_every_task_builds(name: str) -> None:
+    option = name.split("=")[1]
+    tasks = assembly.build_tasks(compose_config("train", [f"task=[{option}]"]))
+    assert set(tasks) == {option}
+    assert tasks[option].loss is not None
+    assert tasks[option].metrics
+
+
+@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "encoder" and "resnet50" not in n])
+def test_every_encoder_builds_and_trains_with_every_optimizer_and_schedule(name: str) -> None:
+    config = compose_config("train", [name, "encoder.weights=null"] if "timm" not in name else [name, "encoder.name=test_resnet"])
+    encoder = instantiate(config.encoder, _convert_="object")
+    assert encoder.num_features > 0
+
+
+@pytest.mark.parametrize("option", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["none", "polynomial", "step", "warmup_cosine"])
+def test_every_optimizer_and_schedule_builds(option: str, schedule: str) -> None:
+    import torch
+
+    config = compose_config("train", [f"optimizer={option}", f"scheduler={schedule}"])
+    optimizer = assembly.make(config.optimizer, "optimizer")([{"params": [torch.nn.Parameter(torch.zeros(2))]}])
+    scheduler = assembly.make(config.scheduler, "scheduler")
+    if scheduler is None:
+        assert schedule == "none"
+    elif schedule == "step":
+        scheduler(optimizer)
+    else:
+        scheduler(optimizer, total_steps=10)
+
+
+@pytest.mark.parametrize("callbacks", ["ema", "early_stopping", "learning_rate"])
+def test_every_callback_runs(tiny_run: Callable[..., DictConfig], callbacks: str) -> None:
+    logger = "logger=csv" if callbacks == "learning_rate" else "logger=none"
+    config = tiny_run(f"callbacks=[default,{callbacks}]", "callbacks.progress=null", logger, "task=[au]")
+    train.run(config)
+    assert (Path(config.paths.output) / "results.json").is_file()
+
+
+EXPERIMENTS = sorted(str(p.relative_to(CONF / "experiment").with_suffix("")) for p in (CONF / "experiment").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs_two_batches(name: str, tmp_path: Path) -> None:
+    overrides = [
+        f"experiment={name}", "debug=fast", "callbacks.progress=null", "trainer.enable_progress_bar=false",
+        f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}", "compare=null",
+    ]  # fmt: skip
+    train.run(compose_config("train", overrides))
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_tasks_without_a_class_are_settings_of_an_experiment_that_are_not_used() -> None:
+    config = compose_config("train", ["experiment=first_run", "task=[expression]", "dataset=faces"])
+    assert set(assembly.build_tasks(config)) == {"expression"}
