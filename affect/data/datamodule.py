@@ -400,7 +400,8 @@ class FaceDataModule(pl.LightningDataModule):
         dataset = self.dataset(part)
         if not len(dataset):
             raise DataError(f"the {part} part is empty (protocol.test={self.protocol.test}); evaluate part=all instead")
-        return DataLoader(**self._loading(dataset, OrderedSampler(len(dataset), self.batch_size)))
+        loading = self._loading(dataset, OrderedSampler(len(dataset), self.batch_size))
+        return DataLoader(**{**loading, "persistent_workers": False})
 
     def _shared(self, part: str) -> DataLoader | list:
         self._refuse_foreign_sampler()

@@ -290,8 +290,8 @@ class FaceDataset(Dataset):
                 target[flipped], mask[flipped] = mirrored
             targets[name], masks[name] = torch.from_numpy(target), torch.from_numpy(mask)
         return FaceBatch(
-            # Channels last in memory: no copy here, and the order that convolutions are fastest in.
-            image=torch.from_numpy(images).permute(0, 3, 1, 2),
+            # Planes one after the other: normalising them is several times faster on a CPU than channels last.
+            image=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             targets={name: targets[name] for name in self.tasks},
             masks={name: masks[name] for name in self.tasks},
             points=by_scheme,

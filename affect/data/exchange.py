@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from affect import labels
-from affect.data.table import declared_type, replacing
+from affect.data.table import declared_type, replacing, to_arrow
 from affect.errors import DataError
 
 NULLS = ("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
@@ -50,8 +50,7 @@ def write_csv(table: pa.Table, path: Path) -> None:
     """Write an Arrow table to ``path``, atomically; numbers are written so that they read back exactly."""
     columns: dict[str, pa.Array] = {}
     for name in table.column_names:
-        column = table[name].combine_chunks()
-        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        column = to_arrow(table[name])
         if not pa.types.is_fixed_size_list(column.type):
             columns[name] = column
             continue
@@ -175,7 +174,7 @@ def _gather_lists(table: pa.Table, path: Path) -> pa.Table:
         absent = [part for part in parts if part not in table.column_names]
         if absent:
             raise DataError(f"{path}: column {absent[0]} is missing beside the other columns of {head}")
-        cells = [table[part].combine_chunks() for part in parts]
+        cells = [to_arrow(table[part]) for part in parts]
         valid = np.stack([cell.is_valid().to_numpy(zero_copy_only=False) for cell in cells], 1)
         values = np.stack([cell.to_numpy(zero_copy_only=False) for cell in cells], 1).astype(np.float32)
         flat = pa.array(values.reshape(-1), mask=~valid.reshape(-1))

@@ -55,6 +55,9 @@ class Sampling:
         if (self.kind == "uniform") != (self.key is None):
             wanted = "no" if self.kind == "uniform" else "a"
             raise ConfigError(f"data.sampling.kind={self.kind} takes {wanted} data.sampling.key, got {self.key}")
+        shares = list((self.ratios or {}).values())
+        if any(share < 0 for share in shares) or (shares and not any(shares)):
+            raise ConfigError(f"data.sampling.ratios={dict(self.ratios or {})}: shares must be positive, or 0 for none")
         if self.length is not None and self.length < 1:
             raise ConfigError(f"data.sampling.length={self.length} must be at least 1")
 

@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from affect import labels
 from affect.errors import DataError, near
@@ -109,7 +108,7 @@ def conform(name: str, column: pa.Array, table: str = "") -> pa.Array:
             if pa.types.is_fixed_size_list(wanted) and pa.types.is_null(found):
                 return pa.nulls(len(column), wanted)
             return column.cast(wanted)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowException, TypeError) as error:
             reason = f" ({str(error).splitlines()[0]})"
     elif pa.types.is_string(wanted) and pa.types.is_integer(found):
         return column.cast(wanted)  # Identities are often numbers.
@@ -407,7 +406,7 @@ class FaceTable:
         prefix = "expression_"
         found = {name.removeprefix(prefix).replace("_", " ") for name in self.names if name.startswith(prefix)}
         if "expression" in self.names:
-            found |= {name for name in self._column("expression").unique().to_pylist() if name is not None}
+            found |= {name for name in self.column("expression").unique().to_pylist() if name is not None}
         order = (*labels.EXPRESSION_ORDERS["affectnet8"], labels.OTHER)
         return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
 
@@ -422,17 +421,17 @@ class FaceTable:
         """
         view = self._views.get(name)
         if view is None:
-            view = self._views[name] = _numbers_view(name, self._column(name))
-        return view.read(None if rows is None else np.asarray(rows, np.int64), len(self))
+            view = self._views[name] = _numbers_view(name, self.column(name))
+        return view.read(None if rows is None else _indices(rows), len(self))
 
     def strings(self, name: str, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return values ``(N,)`` as an object array, ``""`` where null, and validity ``(N,)`` as bool.
 
         Columns of other scalar types are written out, e.g. an integer camera number.
         """
-        column = self._column(name)
+        column = self.column(name)
         if rows is not None:
-            column = column.take(pa.array(np.asarray(rows, np.int64)))
+            column = column.take(pa.array(_indices(rows)))
         column = _as_text(name, column)
         values = column.to_numpy(zero_copy_only=False)
         if not column.null_count:
@@ -446,7 +445,7 @@ class FaceTable:
         Returns:
             Codes ``(N,)`` as int64, -1 where null, and the sorted distinct values ``(G,)`` as an object array.
         """
-        encoded = _as_text(name, self._column(name)).dictionary_encode()
+        encoded = _as_text(name, self.column(name)).dictionary_encode()
         codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         values = encoded.dictionary.to_numpy(zero_copy_only=False)
         order = np.argsort(values.astype(str), kind="stable") if len(values) else np.empty(0, np.int64)
@@ -458,7 +457,8 @@ class FaceTable:
         """Return the image files of ``rows``."""
         return [self.root / name for name in self.strings("image", rows)[0]]
 
-    def _column(self, name: str) -> pa.Array:
+    def column(self, name: str) -> pa.Array:
+        """Return a column as one Arrow array, without a copy."""
         if name not in self.names:
             raise DataError(f"the table has no column {name}; {near(name, self.names)}")
         return _one_chunk(self.arrow[name])
@@ -473,7 +473,7 @@ class FaceTable:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps([len(self), list(self.expressions)]).encode())
             for name in sorted(self.names):
-                column = self._column(name)
+                column = self.column(name)
                 digest.update(f"\n{name}:{column.type}\n".encode())
                 try:
                     values, valid = self.numbers(name)
@@ -490,7 +490,7 @@ class FaceTable:
 
     def take(self, rows: np.ndarray) -> FaceTable:
         """Return the table of ``rows``, in their order. The classes that the source can label stay the same."""
-        taken = self.arrow.take(pa.array(np.asarray(rows, np.int64)))
+        taken = self.arrow.take(pa.array(_indices(rows)))
         columns = {name: _one_chunk(taken[name]) for name in taken.column_names}
         return FaceTable(pa.table(columns), self.root, self._stating_expressions(self.expressions))
 
@@ -500,7 +500,7 @@ class FaceTable:
 
     def with_columns(self, columns: Mapping[str, ColumnLike]) -> FaceTable:
         """Return the table with ``columns`` added or replaced."""
-        merged: dict[str, ColumnLike] = {name: self._column(name) for name in self.arrow.column_names}
+        merged: dict[str, ColumnLike] = {name: self.column(name) for name in self.arrow.column_names}
         return FaceTable.from_columns({**merged, **columns}, self.root, self.metadata)
 
     def with_metadata(self, **entries: JSON) -> FaceTable:
@@ -518,11 +518,18 @@ class FaceTable:
             raise DataError(f"the table has no column that starts with {TARGET_PREFIX}; it holds no true labels")
         kept = [name for name in self.arrow.column_names if name in _STRINGS - {"expression"} or name == "frame"]
         kept += [name for name in self.arrow.column_names if declared_type(name) is None and name not in true]
-        columns = {name: self._column(name) for name in kept if name not in true}
-        columns.update({name: self._column(stored) for name, stored in true.items()})
+        columns = {name: self.column(name) for name in kept if name not in true}
+        columns.update({name: self.column(stored) for name, stored in true.items()})
         found = FaceTable(pa.table(columns), self.root, {}).expressions
         known = (*self.expressions, *(name for name in found if name not in self.expressions))
         return FaceTable(pa.table(columns), self.root, self._stating_expressions(known))
+
+
+def _indices(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows)
+    if rows.dtype == bool:
+        raise TypeError("rows are indices; turn a mask into indices by np.flatnonzero")
+    return rows.astype(np.int64, copy=False)
 
 
 def _as_text(name: str, column: pa.Array) -> pa.Array:
@@ -558,8 +565,3 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def is_null(column: pa.Array) -> np.ndarray:
-    """Return which cells are null, bool ``(N,)``."""
-    return pc.is_null(column).to_numpy(zero_copy_only=False)

@@ -171,6 +171,8 @@ def test_evaluation_has_no_duplicates(length, world):
         ({"kind": "balanced"}, "takes a data.sampling.key"),
         ({"key": "expression"}, "takes no data.sampling.key"),
         ({"length": 0}, "at least 1"),
+        ({"ratios": {"a": -1.0, "b": 2.0}}, "shares must be positive"),
+        ({"ratios": {"a": 0.0}}, "shares must be positive"),
     ],
 )
 def test_bad_sampling(arguments, message):

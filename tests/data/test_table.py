@@ -134,6 +134,8 @@ def test_lossless_casts():
         ({"image": ["a"], "au01_occurrence": [2**25 + 1]}, "column au01_occurrence holds int64, expected float"),
         ({"image": ["a"], "frame": [1.5]}, "column frame holds double, expected int32"),
         ({"image": ["a"], "landmarks_5": [[1.0, 2.0]]}, "column landmarks_5 holds list"),
+        ({"image": ["a"], "landmarks_5": np.ones((1, 8))}, "column landmarks_5 holds fixed_size_list"),
+        ({"image": ["a"], "valence": [{"x": 1}]}, "column valence holds struct"),
         ({"image": ["a"], "expression": [1.5]}, "column expression holds double, expected string"),
         ({"valence": [0.5]}, "no column image"),
         ({"image": ["a", None]}, "column image, row 1: no path"),
@@ -151,6 +153,8 @@ def test_an_unknown_column_is_named_with_near_ones():
         samples.table(3).numbers("valense")
     with pytest.raises(DataError, match="not a column of numbers"):
         samples.table(3).numbers("subject")
+    with pytest.raises(TypeError, match="rows are indices"):
+        samples.table(3).numbers("valence", np.array([True, False, True]))
 
 
 def test_save_and_open_keep_everything_without_a_copy(tmp_path):

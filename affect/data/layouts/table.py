@@ -96,8 +96,7 @@ def canonical_expressions(table: FaceTable) -> FaceTable:
     columns: dict[str, pa.Array] = {}
     changed = False
     for name in table.arrow.column_names:
-        column = table.arrow[name].combine_chunks()
-        column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+        column = table.column(name)
         prefix = TARGET_PREFIX if name.startswith(TARGET_PREFIX) else ""
         plain = name.removeprefix(prefix)
         if plain == "expression":
