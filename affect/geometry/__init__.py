@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of faces: alignment and crops, detectors and landmark providers (heat maps in ``affect.geometry.heatmaps``)."""
+"""Geometry of faces: alignment and crops, detectors and landmark providers; heat maps are in ``heatmaps``."""
 
 from affect.geometry.alignment import (
     CropRecipe,

@@ -160,13 +160,13 @@ def mean_shape(shapes: ArrayLike, swap: tuple[int, ...] | None = None, rounds: i
 
 
 def warp(
-    image: NDArray[np.uint8],
+    image: np.ndarray,
     matrix: ArrayLike,
     size: int | tuple[int, int],
     border: Border = "constant",
     interpolation: Interpolation = "linear",
     antialias: bool = True,
-) -> NDArray[np.uint8]:
+) -> np.ndarray:
     """Return the crop that ``matrix`` maps an image to.
 
     A pixel at ``x`` of the image lands exactly at ``transform_points(matrix, x)`` of the crop.
@@ -184,7 +184,7 @@ def warp(
         ``(height, width)`` or ``(height, width, C)`` of the image's type.
     """
     m = _matrices(matrix)
-    height, width = (size, size) if np.isscalar(size) else size
+    height, width = (size, size) if isinstance(size, int | np.integer) else size
     if antialias and interpolation != "nearest":
         factor = int(1 / max(float(scale_of(m)), 1e-6))
         if factor >= 2:
@@ -196,8 +196,8 @@ def warp(
 
 
 def _shrink(
-    image: NDArray[np.uint8], matrix: NDArray[np.float64], size: tuple[int, int], factor: int, border: Border
-) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    image: np.ndarray, matrix: NDArray[np.float64], size: tuple[int, int], factor: int, border: Border
+) -> tuple[np.ndarray, NDArray[np.float64]]:
     """Return the part of an image that a crop needs, averaged over ``factor``² pixels, and the matrix into it."""
     height, width = size
     corners = np.array([[-0.5, -0.5], [width - 0.5, -0.5], [-0.5, height - 0.5], [width - 0.5, height - 0.5]])
@@ -278,7 +278,9 @@ class CropRecipe:
     @property
     def needs(self) -> Literal["nothing", "box", "landmarks"]:
         """What a row must have for a crop."""
-        return {"none": "nothing", "box": "box", "similarity": "landmarks"}[self.kind]
+        if self.kind == "none":
+            return "nothing"
+        return "box" if self.kind == "box" else "landmarks"
 
     def matrices(
         self,
@@ -342,11 +344,9 @@ class CropRecipe:
             centre, side = _box_square(boxes)
             return np.isfinite(centre).all(-1) & (side > 0)
         chosen, _, mask = self._chosen(points, valid)
-        seen = mask[..., None]
-        extent = np.where(seen, chosen, -np.inf).max(-2) - np.where(seen, chosen, np.inf).min(-2)
-        return (mask.sum(-1) >= 2) & (extent.max(-1) > 0)
+        return _spread_out(chosen, mask)
 
-    def crop(self, image: NDArray[np.uint8], matrix: ArrayLike) -> NDArray[np.uint8]:
+    def crop(self, image: np.ndarray, matrix: ArrayLike) -> np.ndarray:
         """Return the crop ``(size, size, C)`` of an image under a matrix of this recipe."""
         return warp(image, matrix, self.size, self.border, self.interpolation, self.antialias)
 
@@ -367,7 +367,7 @@ class CropRecipe:
                 f"add a landmarks_68 column, or use kind=box or kind=none"
             )
         given = _points(points, "landmarks")
-        mask = np.isfinite(given).all(-1)
+        mask = np.asarray(np.isfinite(given).all(-1))
         if valid is not None:
             mask &= np.asarray(valid, bool)
         given = np.where(mask[..., None], given, 0)
@@ -388,8 +388,8 @@ class CropRecipe:
         return weights @ given, self.target(), ((weights > 0) & ~mask[..., None, :]).sum(-1) == 0
 
     def _from_points(self, points: ArrayLike | None, valid: ArrayLike | None) -> NDArray[np.float64]:
-        self._complain(~self.usable(points, None, valid), "landmarks")
         chosen, target, mask = self._chosen(points, valid)
+        self._complain(~_spread_out(chosen, mask), "landmarks")
         return similarity(chosen, target, mask)
 
     def _complain(self, bad: NDArray[np.bool_], what: str) -> None:
@@ -457,6 +457,13 @@ def _averages(points: str) -> NDArray[np.float64]:
     for row, group in enumerate(groups):
         weights[row, list(group)] = 1 / len(group)
     return weights
+
+
+def _spread_out(points: NDArray[np.float64], mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which sets of points ``(…, K, 2)`` have two labelled points apart, ``(…,)``."""
+    seen = mask[..., None]
+    extent = np.where(seen, points, -np.inf).max(-2) - np.where(seen, points, np.inf).min(-2)
+    return (mask.sum(-1) >= 2) & (extent.max(-1) > 0)
 
 
 def _box_square(boxes: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

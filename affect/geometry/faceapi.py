@@ -214,11 +214,11 @@ def network(name: str, device: str = "cpu") -> nn.Module:
     Raises:
         DataError: If the weight file of the installation is damaged.
     """
-    made = {
-        "tiny_face_detector": TinyFaceDetectorNet,
-        "face_landmark_68": lambda: FaceCropNet(136),
-        "face_expression": lambda: FaceCropNet(len(EXPRESSIONS)),
-    }[name]()
+    made: nn.Module
+    if name == "tiny_face_detector":
+        made = TinyFaceDetectorNet()
+    else:
+        made = FaceCropNet({"face_landmark_68": 136, "face_expression": len(EXPRESSIONS)}[name])
     made.load_state_dict(_state_dict(_read_weights(name)))
     return made.eval().requires_grad_(False).to(device)
 

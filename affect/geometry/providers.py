@@ -546,7 +546,7 @@ class FaceAlignmentFinder:
             return self.detector.detect(image)
         found = self._network.face_detector.detect_from_image(image.copy())
         faces = [Detection(np.asarray(face[:4], np.float64), float(face[4])) for face in found]
-        return sorted(faces, key=lambda face: -face.score)
+        return sorted(faces, key=lambda face: -(face.score or 0.0))
 
     def landmarks(self, image: NDArray[np.uint8], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
