@@ -160,6 +160,7 @@ def test_wheel(environment, tmp_path):
     (wheel,) = tmp_path.glob("affect-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"affect", f"affect-{affect.__version__}.dist-info"}
+    assert "affect/data/layouts/orl_teacher.parquet" in names
     kept = {str(path.relative_to(ROOT)) for path in (ROOT / "affect" / "geometry" / "weights").iterdir()}
     assert kept <= set(names)
     assert len(kept) >= 4
