@@ -62,7 +62,7 @@ IDENTITY = (
 )
 """Names of the identity coefficients, each drawn from a normal distribution (standard deviation 1, cut at 2)."""
 
-PRODUCTS = ("jaw_lips", "lid_follow", "lid_eye_size", "press_gap")
+PRODUCTS = ("jaw_lips", "lid_follow", "lid_eye_size", "press_gap", "brow_oblique")
 """Coefficients beside identity and action units: see ``coefficients``."""
 
 
@@ -158,6 +158,8 @@ def coefficients(identity: np.ndarray, intensity: np.ndarray, side: np.ndarray, 
             np.asarray(identity, np.float32)[:, IDENTITY.index("eye_size")] * closed,
             # Pressed or tightened lips show less of the gap that parted lips would.
             level[:, index[25]] * np.maximum(level[:, index[24]], 0.6 * level[:, index[23]]),
+            # Raised and drawn together at once, the inner brows stand oblique: AU1 holds up what AU4 would lower.
+            np.minimum(level[:, index[1]], level[:, index[4]]),
         ],
         1,
     )
@@ -448,7 +450,7 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         1: move(*rise(brow_in, (0.08, 1.08, 0.08)), ((-1.7, 6.4, 4.9), (1.8, 0.9, 3), (0, 0.45, 0))),
         2: move(*rise(brow_out, (-0.05, 0.88, 0.0)), ((-4.6, 6.4, 3.6), (1.8, 0.9, 3), (0, 0.45, 0))),
         4: move(
-            *rise(brow_in, (0.46, -0.82, 0.20)),
+            *rise(brow_in, (0.48, -0.92, 0.22)),
             *rise([(105, (1.1, 1.1, 3)), (52, (1.1, 1.0, 3))], (0.25, -0.66, 0.05)),
             (9, (0.7, 0.8, 2), (0, -0.45, 0.12)),
         ),
@@ -478,18 +480,12 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         )
         + move((36, (1.1, 1.2, 2), (0.05, 0.42, 0.25)), (129, (0.7, 0.7, 1.4), (-0.12, 0.25, 0.03))),
         12: move(
-            *rise(
-                [(61, (0.95, 0.9, 1.8)), (78, (0.9, 0.9, 1.8)), (185, (0.9, 0.9, 1.8)), (146, (0.9, 0.9, 1.8))],
-                (-0.95, 0.95, -0.55),
-            ),
-            *rise(
-                [(40, (0.8, 0.8, 1.5)), (91, (0.8, 0.8, 1.5)), (80, (0.7, 0.7, 1.5)), (88, (0.7, 0.7, 1.5))],
-                (-0.50, 0.42, -0.35),
-            ),
-            *rise([(205, (1.3, 1.3, 2)), (50, (1.4, 1.3, 2))], (-0.22, 0.55, 0.38)),
-            ((-3.6, -3.4, 4.1), (0.9, 1.0, 2), (-0.5, 0.55, 0.1)),
-            (84, (0.7, 0.7, 1.5), (0, 0.05, -0.18)),
-            (37, (0.7, 0.7, 1.5), (0, -0.02, -0.16)),
+            *rise([(v, (1.0, 0.95, 1.8)) for v in (61, 78, 185, 146)], (-1.12, 1.12, -0.62)),
+            *rise([(v, (0.8, 0.8, 1.5)) for v in (40, 91, 80, 88)], (-0.60, 0.46, -0.38)),
+            *rise([(205, (1.3, 1.3, 2)), (50, (1.4, 1.3, 2))], (-0.24, 0.62, 0.42)),
+            ((-3.6, -3.4, 4.1), (0.9, 1.0, 2), (-0.55, 0.62, 0.1)),
+            (84, (0.7, 0.7, 1.5), (0, 0.0, -0.20)),
+            (37, (0.7, 0.7, 1.5), (0, -0.04, -0.18)),
         ),
         14: move(
             *rise([(61, (0.9, 0.8, 1.5)), (78, (0.8, 0.8, 1.5))], (-0.38, 0.14, -0.45)),
@@ -548,6 +544,7 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         "lid_follow": lids(0.55, -0.12),
         "lid_eye_size": -size * near_eye[:, None] * 0.9,
         "press_gap": -0.9 * part,
+        "brow_oblique": move(*rise(brow_in, (0.05, 0.92, 0))) * np.where(y[:, None] > 2.0, 0.06 + 0.94 * above, 1),
     }
     return fields, products
 

@@ -186,6 +186,10 @@ def _from_expression(dials: FaceDials, expression: np.ndarray, u: np.ndarray, st
     on[:, _COLUMN[43]] &= ~on[:, _COLUMN[5]]
     lifted = np.maximum(level[:, _COLUMN[25]], 0.6 * level[:, _COLUMN[26]] * on[:, _COLUMN[26]])
     level[:, _COLUMN[25]] = lifted
+    # Where the inner brows rise in fear and sadness, their lowering is the weaker of the two.
+    level[:, _COLUMN[4]] = np.where(
+        on[:, _COLUMN[1]], np.minimum(level[:, _COLUMN[4]], 0.85 * level[:, _COLUMN[1]]), level[:, _COLUMN[4]]
+    )
     # Weakly drooped lids read as sleepy: closed eyes are closed.
     level[:, _COLUMN[43]] = 0.8 + 0.2 * vary[:, _COLUMN[43]]
     return np.where(on, _between(level, dials.intensity), 0.0)
