@@ -183,6 +183,20 @@ def test_a_killed_run_sees_exactly_the_rest(tmp_path):
         assert torch.equal(rest.weight, whole.weight)
 
 
+def test_a_foreign_distributed_sampler_is_refused():
+    from types import SimpleNamespace
+
+    data = module()
+    connector = SimpleNamespace(use_distributed_sampler=True)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1, _accelerator_connector=connector)
+    for loader in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(ConfigError, match=r"trainer\.use_distributed_sampler=false"):
+            loader()
+    connector.use_distributed_sampler = False
+    data.trainer.fit_loop = SimpleNamespace(_combined_loader=None)
+    assert data.val_dataloader().sampler.start == data.rows("validation") // 2
+
+
 # ------------------------------------------------------------------------------------------------ summary
 
 

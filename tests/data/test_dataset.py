@@ -114,6 +114,42 @@ def test_pose_is_mirrored_with_the_image():
     assert (batch.image.flip(-1).int() - plain.image.int()).abs().max() <= 1
 
 
+class TurningPose(HeadPose):
+    """A head pose whose roll follows the image."""
+
+    def turn(self, encoded, degrees):
+        target = encoded.target.copy()
+        target[:, 2] += degrees
+        return encoded._replace(target=target)
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_roll_follows_rotation_and_mirroring(library):
+    """A line through the face at the angle of its roll is at the angle of the label in every augmented crop."""
+    source = Source("sample", samples.table(12), samples.DrawnImages(), recipe=CropRecipe(kind="none", size=SIZE))
+    augment = {"flip": 0.5, "rotation": 40}
+    if library:
+        listed = [
+            {"_target_": "albumentations.Affine", "rotate": [-30, 30], "p": 1.0},
+            {"_target_": "albumentations.HorizontalFlip", "p": 0.5},
+        ]
+        augment = {"flip": 0.5, "rotation": 20, "augment": listed}
+    task = TurningPose()
+    task.bind([source.table])
+    batch = FaceDataset([source], [np.arange(12)], {"pose": task}, FaceTransform(SIZE, **augment)).batch(
+        0, np.arange(12)
+    )
+    assert 0 < batch.flipped.sum() < 12
+    roll = np.deg2rad(source.table.numbers("pose_roll")[0])
+    across = np.stack([np.cos(roll), np.sin(roll)], -1)[..., None]  # from the face's right to its left, y down
+    across = (batch.matrix.numpy()[:, :, :2] @ across)[..., 0]
+    across = np.where(batch.flipped.numpy()[:, None], -across, across)
+    expected = np.rad2deg(np.arctan2(across[:, 1], across[:, 0]))
+    np.testing.assert_allclose(batch.targets["pose"][:, 2], expected, atol=1e-2)
+    plain = FaceDataset([source], [np.arange(12)], {"pose": task}, FaceTransform(SIZE)).batch(0, np.arange(12))
+    np.testing.assert_allclose(plain.targets["pose"][:, 2], np.rad2deg(roll), atol=1e-4)
+
+
 def test_masked_points_are_zero_and_swap_with_their_partner():
     points = samples.points_68(0, 2)
     points[0, 36] = np.nan
