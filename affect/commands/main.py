@@ -148,7 +148,7 @@ COMMANDS = (
 
 OPTIONS = (
     ("-m, --multirun", "run once for each combination of comma-separated values"),
-    ("--config-dir X", "also take configurations from folder X, and import Python modules from beside it"),
+    ("--config-dir X", "also take configurations from folder X, and import the package or the modules beside it"),
     ("--cfg", "print the composed configuration and stop"),
     ("--traceback", "show where an error was raised"),
     ("-h, --help", "show this and stop"),
@@ -297,7 +297,7 @@ def _say(name: str, line: str, kind: str = "error: ") -> None:
 
 
 def _run_command(command: Command, line: Line) -> int:
-    modules = (str(line.config_dir.parent),) if line.config_dir is not None else ()
+    modules = (str(import_folder(line.config_dir)),) if line.config_dir is not None else ()
     with configuration.open_hydra(command.name, line.config_dir) as hydra, import_path(modules):
         if line.help:
             print(command_help(command, hydra, line.overrides))
@@ -428,6 +428,18 @@ def _job_description() -> str:
         return ""
     settings = [str(override) for override in HydraConfig.get().overrides.task]
     return f"job {job[1]} ({' '.join(settings)})"
+
+
+def import_folder(config_dir: Path) -> Path:
+    """Return the folder that the user's modules are imported from: the one that ``config_dir`` lies in.
+
+    Where that is a package itself, the folder that the package lies in: from a package's inside its modules would have
+    a second name, and could hide others.
+    """
+    folder = config_dir.parent
+    while (folder / "__init__.py").is_file():
+        folder = folder.parent
+    return folder
 
 
 @contextmanager
