@@ -135,12 +135,12 @@ class FaceDials:
             value = np.asarray(getattr(self, name))
             if (value < 0).any() or (value > 1).any():
                 raise ConfigError(f"faces.{name}={getattr(self, name)}: must lie in [0, 1]")
-        for name, high in (
+        for name, most in (
             *(("shift", 0.5), ("gaze", 40), ("blur", 0.1), ("noise", 128), ("au_threshold", 5)),
             *(("intensity_noise", 5), ("valence_arousal_noise", 2)),
         ):
-            if not 0 <= getattr(self, name) <= high:
-                raise ConfigError(f"faces.{name}={getattr(self, name)}: must lie in [0, {high}]")
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"faces.{name}={getattr(self, name)}: must lie in [0, {most}]")
         for name, options in (("background", BACKGROUNDS), ("au_source", AU_SOURCES)):
             if getattr(self, name) not in options:
                 value = getattr(self, name)

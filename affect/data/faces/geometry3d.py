@@ -15,6 +15,7 @@ Coding System (Ekman, Friesen and Hager, 2002).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -108,6 +109,7 @@ class FaceModel:
         normals: Matrix that sums triangle normals at vertices, ``(V, T)``.
         canonical_uv: Texture coordinates of the canonical vertices, ``(468, 2)``, for painting.
         canonical: Positions of the canonical vertices at rest (lips closed), ``(468, 3)``.
+        mirror: Mirror image of each canonical vertex, ``(468,)``.
     """
 
     rest: np.ndarray
@@ -125,6 +127,7 @@ class FaceModel:
     normals: csr_matrix
     canonical_uv: np.ndarray
     canonical: np.ndarray
+    mirror: np.ndarray
 
 
 def coefficient_names() -> tuple[str, ...]:
@@ -178,7 +181,8 @@ def _smooth(x: np.ndarray, low: float, high: float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-_Handle = tuple[int | tuple[float, float, float], float | tuple[float, float, float], tuple[float, float, float]]
+_Vector = tuple[float, float, float]
+_Handle = tuple[int | _Vector, float | _Vector, _Vector]
 
 
 def _handles(points: np.ndarray, canonical: np.ndarray, handles: list[_Handle]) -> np.ndarray:
@@ -393,8 +397,10 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
     def move(*handles: _Handle) -> np.ndarray:
         return _handles(p, p, list(handles))
 
-    right = lambda row: [*row, *(int(c.mirror[v]) for v in row)]  # noqa: E731
-    lid_up, lid_low = right(UPPER_LID), right(LOWER_LID)
+    def both_sides(row: tuple[int, ...]) -> list[int]:
+        return [*row, *(int(c.mirror[v]) for v in row)]
+
+    lid_up, lid_low = both_sides(UPPER_LID), both_sides(LOWER_LID)
     eye_middle = np.abs(x) - 3.12
     arch = np.clip(1 - (eye_middle / 1.55) ** 2, 0, 1)
 
@@ -408,11 +414,11 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
             height = away[:, 0] + field[row, 1]
             field[row, 2] = np.sqrt(np.maximum((away**2).sum(1) - height**2, 0)) - away[:, 1]
             field[row, 2] += 0.03 * abs(share) * arch[row]
-        crease = right((247, 30, 29, 27, 28, 56, 190))
+        crease = both_sides((247, 30, 29, 27, 28, 56, 190))
         field[crease] += 0.5 * upper_share * (p[lid_low] - p[lid_up]) * [1, 1, 0.5]
-        fold = right((113, 225, 224, 223, 222, 221, 189))
+        fold = both_sides((113, 225, 224, 223, 222, 221, 189))
         field[fold] += 0.18 * upper_share * (p[lid_low] - p[lid_up])
-        bag = right((25, 110, 24, 23, 22, 26, 112))
+        bag = both_sides((25, 110, 24, 23, 22, 26, 112))
         field[bag] += spread * lower_share * (p[lid_up] - p[lid_low])
         return field
 
@@ -440,7 +446,10 @@ def _action_fields(c: _Canonical) -> tuple[dict[int, np.ndarray], dict[str, np.n
         (46, (1.2, 1.0, 3)),
         (105, (1.1, 1.3, 3)),
     ]
-    rise = lambda rows, d: [(v, r, d) for v, r in rows]  # noqa: E731
+
+    def rise(rows: Sequence[tuple[int, float | _Vector]], by: _Vector) -> list[_Handle]:
+        return [(vertex, radius, by) for vertex, radius in rows]
+
     part_gap = np.where(c.lower[:, None] > 0.5, [[0, -0.62, -0.12]], [[0, 0.16, 0.03]])
     opening = np.exp(-0.5 * (np.maximum(np.abs(x) - 0.9, 0) / 0.75) ** 2)[:, None]
     part = part_gap * opening * _gauss(p, np.array([0, -4.4, 5.2]), (3.0, 1.0, 3))[:, None]
@@ -616,7 +625,11 @@ def face_model() -> FaceModel:
     au_face = {au: matrix @ field for au, field in au_coarse.items()}
     product_face = {name: matrix @ field for name, field in product_coarse.items()}
 
-    positions, triangles, part, texture, occlusion = [], [], [], [], []
+    positions: list[np.ndarray] = []
+    triangles: list[np.ndarray] = []
+    part: list[np.ndarray] = []
+    texture: list[np.ndarray] = []
+    occlusion: list[np.ndarray] = []
     spans: dict[str, slice] = {}
 
     two_sided: list[np.ndarray] = []
@@ -631,7 +644,7 @@ def face_model() -> FaceModel:
         sheet: bool = False,
     ) -> slice:
         """Add a piece of the mesh; a ``sheet`` is seen from either side and lit as its first side."""
-        two_sided.append(np.concatenate([np.zeros(len(faces), bool), np.ones(len(faces) * sheet, bool)]))
+        two_sided.append(np.concatenate([np.zeros(len(faces), bool), np.ones(len(faces) if sheet else 0, bool)]))
         if sheet:
             faces = np.concatenate([faces, faces[:, [0, 2, 1]]])
         start = sum(len(block) for block in positions)
@@ -866,16 +879,16 @@ def face_model() -> FaceModel:
         basis[row, spans["tongue"]] = low[spans["tongue"]] * 0.95
 
     for k, au in enumerate(ACTION_UNITS):
-        for s, share in enumerate((share_right, 1 - share_right)):
-            row = first + s * len(ACTION_UNITS) + k
-            attach(row, au_face[au] * share[:, None])
+        for side, share in enumerate((share_right, 1 - share_right)):
+            line = first + side * len(ACTION_UNITS) + k
+            attach(line, au_face[au] * share[:, None])
             if au == 26:
-                drop_jaw(row, 0.5 * 0.8)
+                drop_jaw(line, 0.5 * 0.8)
     for k, name in enumerate(PRODUCTS):
-        row = first + 2 * len(ACTION_UNITS) + k
-        attach(row, product_face[name])
+        line = first + 2 * len(ACTION_UNITS) + k
+        attach(line, product_face[name])
         if name == "jaw_lips":
-            drop_jaw(row, 0.2)
+            drop_jaw(line, 0.2)
 
     rigid = np.ones(count)
     rigid[spans["neck"]] = np.repeat([0.95, 0.75, 0.5, 0.25, 0.1], 28)
@@ -904,6 +917,7 @@ def face_model() -> FaceModel:
         normals=normals,
         canonical_uv=c.uv,
         canonical=c.positions,
+        mirror=c.mirror,
     )
 
 
@@ -930,7 +944,9 @@ def _points(c: _Canonical, matrix: csr_matrix, face: np.ndarray) -> tuple[np.nda
     def picked(rows: list[int]) -> np.ndarray:
         return np.eye(len(face))[rows]
 
-    other = lambda rows: [int(mirror[v]) for v in rows]  # noqa: E731
+    def other(rows: list[int]) -> list[int]:
+        return [int(mirror[v]) for v in rows]
+
     inner = list(labels.MESH_478_TO_68[17:])
     brow = list(WFLW_RIGHT_BROW)
     brow_left = other([*brow[4::-1], *brow[:4:-1]])

@@ -95,8 +95,8 @@ def judge_points(finder: Finder, dials: FaceDials, seed: int, count: int = 200) 
         fractions of the distance between the outer corners of the eyes; ``count``; and ``pose_error_pitch``, ``…yaw``,
         ``…roll``: mean absolute differences in degrees, if the judge estimates the pose.
     """
-    clip = lambda limits: (max(limits[0], -20.0), min(limits[1], 20.0))  # noqa: E731
-    dials = replace(dials, occluder=0.0, pitch=clip(dials.pitch), yaw=clip(dials.yaw))
+    pitch, yaw = (tuple(np.clip(limits, -20.0, 20.0).tolist()) for limits in (dials.pitch, dials.yaw))
+    dials = replace(dials, occluder=0.0, pitch=pitch, yaw=yaw)
     parameters = sample(dials, seed, np.arange(count))
     truth = points_of(parameters, dials.image_size)["68"]
     inner, errors, turned = list(labels.INNER_51), [], []
@@ -105,8 +105,9 @@ def judge_points(finder: Finder, dials: FaceDials, seed: int, count: int = 200) 
         if face is not None:
             between = np.linalg.norm(truth[k, 36] - truth[k, 45])
             errors.append(np.linalg.norm(np.asarray(face.points)[inner] - truth[k, inner], axis=1).mean() / between)
-            if getattr(face, "pose", None) is not None:
-                turned.append(np.abs(np.subtract(face.pose, [parameters[angle][k] for angle in labels.POSE_ANGLES])))
+            pose = getattr(face, "pose", None)
+            if pose is not None:
+                turned.append(np.abs(np.subtract(pose, [parameters[angle][k] for angle in labels.POSE_ANGLES])))
     found = np.array(errors) if errors else np.array([np.nan])
     return {
         "count": count,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws one built-in face: rasterised mesh, painted skin, light, things in front, background and camera.
 
-OpenCV rasterises the mesh twice with a depth buffer, once with texture coordinates and once with normals; everything
-else is computed per visible pixel (deferred shading), so that the cost follows the number of pixels. Skin is painted
-in the texture space of the canonical face (``_atlas``): lips, brows, lash lines, beard, shading of folds, and wrinkles
-as height maps whose depth follows the action units. Edges are smoothed by drawing at twice the size.
+OpenCV rasterises the mesh twice with a depth buffer, once with texture coordinates and once with the cosines that
+light needs; everything else is computed per visible pixel (deferred shading), so that the cost follows the number of
+pixels. Skin is painted in the texture space of the canonical face (``paint.py``). Edges are smoothed by drawing at one
+and a half times the size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -30,10 +30,17 @@ from affect.data.faces.geometry3d import (
     project,
     rotation,
 )
+from affect.data.faces.paint import BLOTCHES, CHANNELS, TEXELS, atlas
 from affect.data.faces.sample import HAIR_STYLES, OCCLUDERS, Parameters, points_of
 from affect.errors import ConfigError
 
-_TEXELS = 288
+_Row: TypeAlias = "dict[str, Any]"
+"""One sampled row: plain numbers, and float32 arrays where a parameter has several."""
+
+_HAIR = MappingProxyType(
+    {"short": (-2.2, 0.45, 1.0), "medium": (-4.6, 0.9, 1.2), "long": (-8.0, 0.8, 1.0), "bun": (-3.0, 0.4, 0.5)}
+)
+"""By hairstyle: height of its lower edge behind the ears, least thickness, more with volume (centimetres)."""
 _LIPS = (np.array([80, 81, 82, 13, 312, 311, 310]), np.array([88, 178, 87, 14, 317, 402, 318]))
 """Facing vertices of the upper and the lower lip."""
 _PART = {name: k for k, name in enumerate(PARTS)}
@@ -47,227 +54,6 @@ _EYES = np.array(
     [[66, 40, 22], [96, 62, 34], [120, 98, 52], [96, 118, 84], [92, 128, 150], [110, 146, 178]], np.float32
 )
 
-WRINKLES = MappingProxyType(
-    {
-        "forehead": ((1, 0.5), (2, 0.5)),
-        "glabella": ((4, 1.0), (9, 0.4)),
-        "crow": ((6, 1.0), (12, 0.25), (7, 0.2)),
-        "under_eye": ((6, 0.7), (7, 0.8), (9, 0.3)),
-        "nasolabial": ((12, 0.9), (10, 0.8), (9, 0.6), (6, 0.3), (20, 0.4)),
-        "nose": ((9, 1.0),),
-        "corner": ((14, 1.0), (12, 0.35), (15, 0.3)),
-        "marionette": ((15, 1.0), (20, 0.5), (17, 0.2)),
-        "chin": ((17, 1.0), (15, 0.3)),
-        "lip_sides": ((23, 0.8), (24, 0.8)),
-    }
-)
-"""Skin folds and how much each action unit deepens them (at full intensity)."""
-
-_CHANNELS = (
-    "lips",
-    "brow",
-    "lash",
-    "beard",
-    "moustache",
-    "nostril",
-    "shade",
-    "red",
-    "freckles",
-    "grain",
-    "socket",
-    "tone",
-)
-
-
-class _Atlas(NamedTuple):
-    maps: np.ndarray  # (T * T, channels + blotches + 3 * wrinkles)
-    wrinkle_au: np.ndarray  # (wrinkles, 18)
-    age: np.ndarray  # (wrinkles,) depth that age adds
-    strands: np.ndarray  # (256, 256) hair
-    static: np.ndarray  # (512, 512) camera noise, unit variance
-
-
-@cache
-def _atlas() -> _Atlas:
-    """Return the painted maps of the face's texture and tiles of noise; the same in every process."""
-    model = face_model()
-    size = _TEXELS
-    place = (model.canonical_uv * size).astype(np.float64)
-    mirror = lambda row: [_mirror()[v] for v in row]  # noqa: E731
-    random = np.random.Generator(np.random.Philox(key=20240229))
-
-    def line(row: list[int] | tuple[int, ...] | np.ndarray, width: float, blur: float, both: bool = True) -> np.ndarray:
-        canvas = np.zeros((size, size), np.float32)
-        rows = [row] if isinstance(row, np.ndarray) or not both else [row, mirror(row)]
-        for r in rows:
-            corner = r if isinstance(r, np.ndarray) else place[list(r)]
-            cv2.polylines(
-                canvas,
-                [np.round(corner * 16).astype(np.int32)],
-                False,
-                1.0,
-                max(1, round(width * size)),
-                cv2.LINE_AA,
-                4,
-            )
-        return cv2.GaussianBlur(canvas, (0, 0), blur * size)
-
-    def area(row: list[int] | tuple[int, ...], blur: float, both: bool = True) -> np.ndarray:
-        canvas = np.zeros((size, size), np.float32)
-        for r in [row, mirror(row)] if both else [row]:
-            cv2.fillPoly(canvas, [np.round(place[list(r)] * 16).astype(np.int32)], 1.0, cv2.LINE_AA, 4)
-        return cv2.GaussianBlur(canvas, (0, 0), blur * size) if blur else canvas
-
-    def spot(vertex: int, radius: tuple[float, float], offset: tuple[float, float] = (0, 0)) -> np.ndarray:
-        yy, xx = np.mgrid[:size, :size]
-        total = np.zeros((size, size), np.float32)
-        for v, s in ((vertex, 1), (_mirror()[vertex], -1)):
-            cx, cy = place[v] + np.array([offset[0] * s, offset[1]]) * size
-            total = np.maximum(
-                total, np.exp(-0.5 * (((xx - cx) / (radius[0] * size)) ** 2 + ((yy - cy) / (radius[1] * size)) ** 2))
-            )
-        return total.astype(np.float32)
-
-    def noise(cell: float, octaves: int = 1) -> np.ndarray:
-        total = np.zeros((size, size), np.float32)
-        for octave in range(octaves):
-            n = max(2, round(size / (cell * size) * 2**octave))
-            total += (
-                cv2.resize(
-                    random.standard_normal((n, n)).astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC
-                )
-                / 1.6**octave
-            )
-        return total / total.std()
-
-    outer = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146]
-    lips = area(outer, 0.004, both=False)
-    # Brow: distance from its middle line, in units of its usual half thickness, thinner at the tail.
-    upper, lower = [70, 63, 105, 66, 107], [46, 53, 52, 65, 55]
-    brow = np.full((size, size), 9.0, np.float32)
-    for a, b in ((upper, lower), (mirror(upper), mirror(lower))):
-        middle = 0.58 * place[a] + 0.42 * place[b]
-        dense = np.stack([np.interp(np.linspace(0, 4, 60), np.arange(5), middle[:, k]) for k in (0, 1)], 1)
-        thickness = np.interp(np.linspace(0, 1, 60), [0, 0.3, 0.75, 1.0], [0.35, 0.8, 1.1, 0.9]) * 0.018 * size
-        yy, xx = np.mgrid[:size, :size]
-        for (cx, cy), half in zip(dense, thickness, strict=True):
-            reach = int(half * 3) + 2
-            window = (slice(max(int(cy) - reach, 0), int(cy) + reach), slice(max(int(cx) - reach, 0), int(cx) + reach))
-            d = np.hypot((xx[window] - cx) * 0.8, yy[window] - cy) / half
-            brow[window] = np.minimum(brow[window], d)
-    brow = np.minimum(brow, 9) + 0.16 * noise(0.005)
-    lash = line([33, 246, 161, 160, 159, 158, 157, 173, 133], 0.010, 0.0016) + 0.45 * line(
-        [33, 7, 163, 144, 145, 153, 154, 155], 0.006, 0.0016
-    )
-    beard = area(
-        [127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 17, 91, 61, 212, 207, 187, 147, 137], 0.016
-    )
-    beard = np.maximum(
-        beard, area([61, 91, 84, 17, 314, 321, 291, 335, 421, 377, 152, 148, 201, 106], 0.012, both=False)
-    )
-    beard *= 1 - cv2.dilate(lips, np.ones((3, 3)))
-    moustache = area(
-        [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 410, 322, 391, 393, 164, 167, 165, 92, 186], 0.008, both=False
-    )
-    moustache *= 1 - lips
-    nostril = spot(60, (0.011, 0.007), (-0.004, -0.010))
-    shade = np.zeros((size, size), np.float32)
-    for amount, patch in (
-        (0.30, line([98, 97, 2], 0.012, 0.010)),
-        (0.22, line([193, 122, 196, 236, 198], 0.020, 0.018)),
-        (0.25, line([129, 64, 98], 0.010, 0.007)),
-        (0.20, area([17, 84, 181, 194, 201, 200, 421, 418, 405, 314], 0.016, both=False)),
-        (0.30, line([61, 76], 0.012, 0.008)),
-        (0.20, line([164, 167], 0.006, 0.010)),
-        (0.28, line([246, 161, 160, 159, 158, 157, 173], 0.012, 0.008)),
-        (0.20, line([247, 30, 29, 27, 28, 56, 190], 0.006, 0.003)),
-        (0.14, line([25, 110, 24, 23, 22, 26, 112], 0.010, 0.008)),
-        (0.10, line([58, 172, 136, 150, 149, 176, 148, 152], 0.04, 0.03)),
-    ):
-        shade = np.maximum(shade, amount * patch / max(float(patch.max()), 1e-6))
-    red = np.maximum(0.9 * spot(50, (0.07, 0.06), (0.015, 0.0)), 0.8 * spot(4, (0.04, 0.04)))
-    socket = np.maximum(spot(230, (0.055, 0.022), (0, 0.0)), 0.7 * spot(221, (0.035, 0.02)))
-    fine = random.standard_normal((size, size)).astype(np.float32)
-    speck = cv2.GaussianBlur(fine, (0, 0), 1.1)
-    speck = np.clip(speck / speck.std() - 1.5, 0, 1.5) * np.clip(
-        spot(118, (0.12, 0.07), (0.05, 0)) + spot(195, (0.05, 0.07)), 0, 1
-    )
-    grain = cv2.GaussianBlur(fine, (0, 0), 0.8)
-    grain /= grain.std()
-    tone = noise(0.10, 3)
-    painted = dict(
-        zip(
-            _CHANNELS,
-            (lips, brow, lash, beard, moustache, nostril, shade, red, speck, grain, socket, tone),
-            strict=True,
-        )
-    )
-    blotches = np.stack([noise(0.25, 2) for _ in range(6)])
-
-    def between(rows: list[tuple[int, int, float]]) -> np.ndarray:
-        return np.array([(1 - t) * place[a] + t * place[b] for a, b, t in rows])
-
-    forehead = [np.array([place[v] for v in row]) for row in ([71, 68, 104, 69, 108, 151, 337, 299, 333, 298, 301],)]
-    brows_top = np.array([place[v] for v in [156, 70, 63, 105, 66, 107, 9, 336, 296, 334, 293, 300, 383]])
-    lines_forehead = [
-        forehead[0][1:-1],
-        0.5 * (forehead[0][1:-1] + brows_top[2:-2]),
-        1.45 * forehead[0][2:-2] - 0.45 * brows_top[3:-3],
-    ]
-    folds = {
-        "forehead": sum(line(row, 0.005, 0.0042) for row in lines_forehead),
-        "glabella": line(between([(107, 9, 0.35), (55, 8, 0.35), (55, 8, 0.5)]), 0.006, 0.004)
-        + line(between([(336, 9, 0.35), (285, 8, 0.35), (285, 8, 0.5)]), 0.006, 0.004)
-        + 0.7 * line(between([(122, 6, 0.2), (6, 6, 0), (351, 6, 0.2)]), 0.005, 0.004),
-        "crow": line([33, 226, 143], 0.004, 0.0032)
-        + line([130, 35, 111], 0.004, 0.0032)
-        + line([247, 113, 156], 0.004, 0.0032),
-        "under_eye": line([35, 31, 228, 229, 230, 231, 232], 0.006, 0.0045)
-        + 0.6 * line([33, 25, 110, 24, 23, 22, 26], 0.004, 0.003),
-        "nasolabial": line([129, 203, 206, 216, 212], 0.009, 0.0075),
-        "nose": line([193, 122, 196], 0.004, 0.0035)
-        + line([245, 188, 174], 0.004, 0.0035)
-        + line([8, 193], 0.004, 0.004)
-        + line(between([(122, 6, 0.0), (6, 6, 0), (351, 6, 0.0)]), 0.004, 0.0035),
-        "corner": line([76, 61, 57], 0.010, 0.010) + 0.7 * line([186, 57, 43], 0.010, 0.010),
-        "marionette": line([57, 43, 202, 204], 0.010, 0.010),
-        "chin": line([194, 201, 200, 421, 418], 0.008, 0.007, both=False)
-        + np.clip(noise(0.02), 0, 2) * area([194, 201, 200, 421, 418, 262, 428, 199, 208, 32], 0.02, both=False) * 0.12,
-        "lip_sides": line([0, 37, 39, 40, 185, 61], 0.006, 0.006) + line([17, 84, 181, 91, 146, 61], 0.007, 0.006),
-    }
-    stacked = []
-    for name in WRINKLES:
-        height = folds[name] / max(float(folds[name].max()), 1e-6)
-        dy, dx = np.gradient(height * 0.011 * size)
-        stacked += [height, dx, dy]
-    maps = np.stack([*(painted[name] for name in _CHANNELS), *blotches, *stacked], -1).astype(np.float32)
-    wrinkle_au = np.zeros((len(WRINKLES), len(ACTION_UNITS)), np.float32)
-    for row, table in enumerate(WRINKLES.values()):
-        for au, amount in table:
-            wrinkle_au[row, _AU[au]] = amount
-    age = np.array([0.35, 0.3, 0.35, 0.4, 0.45, 0.05, 0.15, 0.4, 0.1, 0.1], np.float32)
-    coarse = random.standard_normal((8, 256)).astype(np.float32)
-    strands = cv2.resize(coarse, (256, 256), interpolation=cv2.INTER_CUBIC)
-    strands = cv2.GaussianBlur(strands, (0, 0), sigmaX=0.7, sigmaY=6)
-    strands = strands / strands.std() + cv2.resize(
-        random.standard_normal((4, 40)).astype(np.float32), (256, 256), interpolation=cv2.INTER_CUBIC
-    )
-    return _Atlas(
-        np.ascontiguousarray(maps.reshape(size * size, -1)),
-        wrinkle_au,
-        age,
-        np.ascontiguousarray(strands / strands.std(), np.float32),
-        random.standard_normal((512, 512)).astype(np.float32),
-    )
-
-
-@cache
-def _mirror() -> dict[int, int]:
-    positions = face_model().canonical
-    distance = ((positions[:, None] * [-1, 1, 1] - positions[None]) ** 2).sum(2)
-    return {k: int(v) for k, v in enumerate(distance.argmin(1))}
-
-
 # ------------------------------------------------------------------------------------------------------ shape
 
 
@@ -275,6 +61,11 @@ class _Shape(NamedTuple):
     camera: np.ndarray  # (V, 3) camera coordinates, viewer at z = distance
     occlusion: np.ndarray  # (V,)
     shown: np.ndarray  # (T,) triangles of the mesh that this hairstyle has
+
+
+def _turn(pitch: float, yaw: float, roll: float) -> np.ndarray:
+    """Return the rotation matrix ``(3, 3)`` of one head or eye."""
+    return rotation(np.array([pitch]), np.array([yaw]), np.array([roll]))[0].astype(np.float32)
 
 
 @cache
@@ -301,62 +92,57 @@ def _shown(cap: bool, curtain: bool, mouth: bool) -> np.ndarray:
     return keep
 
 
-def _shape(row: Parameters, model: FaceModel) -> _Shape:
-    flat = row["coefficient"] @ model.basis.reshape(len(model.basis), -1)
-    vertices = model.rest + flat.reshape(-1, 3)
-    style = HAIR_STYLES[int(row["hair_style"])]
-    away, ring = _hair_limits()
-    span = model.spans["hair"]
-    rest = model.rest[span]
-    volume = float(row["hair_volume"])
+def _comb(row: _Row, model: FaceModel, vertices: np.ndarray) -> None:
+    """Move the cap of hair, the curtain of long hair and the ears of ``vertices`` to the row's hairstyle."""
+    style, volume, waves = HAIR_STYLES[int(row["hair_style"])], row["hair_volume"], row["hair_wave"]
     if style != "bald":
-        low = {"short": -2.2, "medium": -4.6, "long": -8.0, "bun": -3.0}[style]
-        thick = {
-            "short": 0.45 + 1.0 * volume,
-            "medium": 0.9 + 1.2 * volume,
-            "long": 0.8 + 1.0 * volume,
-            "bun": 0.4 + 0.5 * volume,
-        }[style]
+        low, least, more = _HAIR[style]
+        span = model.spans["hair"]
+        away, ring = _hair_limits()
+        x, y, z = model.rest[span].T
         # In front of the ears hair starts at the temples, behind them at the nape.
-        front = np.clip((rest[:, 2] + 3.9 + 2.2 * np.clip(-(rest[:, 1] + 0.5) / 2, 0, 1)) / 1.6, 0, 1)
+        front = np.clip((z + 3.9 + 2.2 * np.clip(-(y + 0.5) / 2, 0, 1)) / 1.6, 0, 1)
         edge = low + (5.2 - 1.2 * row["hairline"] - low) * front
-        grow = np.clip((rest[:, 1] - edge) / 1.5 + 0.25, -0.7, 1)
-        top = 0.75 + 0.45 * np.clip(rest[:, 1] / 9, 0, 1)
+        grow = np.clip((y - edge) / 1.5 + 0.25, -0.7, 1)
+        top = 0.75 + 0.45 * np.clip(y / 9, 0, 1)
         # A fringe falls onto the forehead; without one the first rings stay below the skin.
-        fringe = row["fringe"]
-        start = np.clip((ring - 1.7 + 2.6 * fringe - 0.8 * row["hairline"]) / 1.6, -0.6, 1)
-        ragged = 0.25 * fringe * np.sin(rest[:, 0] * 2.6 + 9 * volume) * (ring < 2)
-        vertices[span, 1] += ragged.astype(np.float32)
-        wave = 1 + 0.12 * float(row["hair_wave"]) * np.sin(rest[:, 0] * 1.7 + rest[:, 1] * 1.1 + 6 * volume)
-        vertices[span] += away * (thick * np.minimum(grow, start) * top * wave)[:, None].astype(np.float32)
-    curtain = style == "long"
-    if curtain:
-        spread = 0.92 + 0.16 * volume
-        vertices[model.spans["curtain"]] *= np.array([spread, 1, 1], np.float32)
+        start = np.clip((ring - 1.7 + 2.6 * row["fringe"] - 0.8 * row["hairline"]) / 1.6, -0.6, 1)
+        wave = 1 + 0.12 * waves * np.sin(1.7 * x + 1.1 * y + 6 * volume)
+        vertices[span, 1] += 0.25 * row["fringe"] * np.sin(2.6 * x + 9 * volume) * (ring < 2)
+        vertices[span] += away * ((least + more * volume) * np.minimum(grow, start) * top * wave)[:, None]
+    if style == "long":
+        vertices[model.spans["curtain"]] *= np.array([0.92 + 0.16 * volume, 1, 1], np.float32)
     for name, sign in (("ear_right", -1), ("ear_left", 1)):
         ear = vertices[model.spans[name]]
-        ear[:, 0] += sign * (np.abs(ear[:, 0]) - 7.3) * (float(row["ear_out"]) - 0.4) * 0.8
+        ear[:, 0] += sign * (np.abs(ear[:, 0]) - 7.3) * (row["ear_out"] - 0.4) * 0.8
+
+
+def _shape(row: _Row, model: FaceModel) -> _Shape:
+    """Return where the row's head is and which parts of it are there."""
+    flat = row["coefficient"] @ model.basis.reshape(len(model.basis), -1)
+    vertices = model.rest + flat.reshape(-1, 3)
+    _comb(row, model, vertices)
 
     # Eyes turn about their centres.
-    turn = rotation(*(np.array([row[key]]) for key in ("gaze_pitch", "gaze_yaw")), np.zeros(1))[0].astype(np.float32)
+    turn = _turn(row["gaze_pitch"], row["gaze_yaw"], 0)
     occlusion = model.occlusion.copy()
     for index, sign, lid in ((model.eyes[0], 1, 159), (model.eyes[1], -1, 386)):
         centre = (EYE_CENTRE * [sign, 1, 1]).astype(np.float32)
         moved = vertices[index] - model.rest[index]
         turned = (model.rest[index] - centre) @ turn.T + centre
-        # The cornea stands out a little.
         vertices[index] = turned + moved
         below = vertices[lid, 1] - vertices[index, 1]
         occlusion[index] = 0.42 + 0.58 * np.clip(below / 0.42, 0, 1)
 
+    style = HAIR_STYLES[int(row["hair_style"])]
     parted = bool((vertices[_LIPS[0], 1] - vertices[_LIPS[1], 1]).max() > 0.02)
-    head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
-    body = rotation(*(0.25 * np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
+    head = _turn(row["pitch"], row["yaw"], row["roll"])
+    body = _turn(0.25 * row["pitch"], 0.25 * row["yaw"], 0.25 * row["roll"])
     centred = vertices - PIVOT.astype(np.float32)
     camera = centred @ head.T
     loose = np.flatnonzero(model.rigid < 1)
     camera[loose] += (1 - model.rigid[loose])[:, None] * (centred[loose] @ body.T - camera[loose])
-    return _Shape(camera, occlusion, _shown(style != "bald", curtain, parted))
+    return _Shape(camera, occlusion, _shown(style != "bald", style == "long", parted))
 
 
 # ------------------------------------------------------------------------------------------------------ shading
@@ -368,7 +154,7 @@ class _Light(NamedTuple):
     warm: np.ndarray  # (3,) colour of the key light
 
 
-def _light(row: Parameters) -> _Light:
+def _light(row: _Row) -> _Light:
     azimuth, elevation = np.radians(row["light_azimuth"]), np.radians(row["light_elevation"])
     key = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
     half = np.add(key, [0, 0, 1])
@@ -377,7 +163,7 @@ def _light(row: Parameters) -> _Light:
     return _Light(key.astype(np.float32), half.astype(np.float32), warm.astype(np.float32))
 
 
-def _view(shape: _Shape, row: Parameters) -> tuple[np.ndarray, float]:
+def _view(shape: _Shape, row: _Row) -> tuple[np.ndarray, float]:
     """Return the vertices as OpenCV's rasteriser wants them (camera at 0, looking along -z) and the angle of view."""
     distance = row["distance"]
     points = shape.camera.copy()
@@ -390,7 +176,7 @@ def _view(shape: _Shape, row: Parameters) -> tuple[np.ndarray, float]:
 
 
 def _rasterise(
-    shape: _Shape, model: FaceModel, row: Parameters, light: _Light, size: int
+    shape: _Shape, model: FaceModel, row: _Row, light: _Light, size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what every pixel sees.
 
@@ -437,7 +223,7 @@ def _palette(table: np.ndarray, place: float) -> np.ndarray:
     return (table[k] + (x - k) * (table[k + 1] - table[k])) / 255
 
 
-def _colours(row: Parameters) -> dict[str, np.ndarray]:
+def _colours(row: _Row) -> dict[str, np.ndarray]:
     skin = _palette(_SKIN, float(row["skin"]))
     skin = skin * np.array([1 + 0.03 * (row["skin_red"] - 0.5), 1, 1 - 0.08 * (row["skin_red"] - 0.5)], np.float32)
     dark = float(row["hair_dark"])
@@ -461,7 +247,7 @@ def _soft(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _paint_face(
-    uv: np.ndarray, row: Parameters, colours: dict[str, np.ndarray]
+    uv: np.ndarray, row: _Row, colours: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the painted skin of pixels of the face with texture coordinates ``uv`` ``(2, P)``.
 
@@ -469,22 +255,22 @@ def _paint_face(
         Albedo ``(3, P)``; slope of the folds to the right and upwards ``(2, P)``; share of the ambient light ``(P,)``;
         gloss ``(P,)``.
     """
-    atlas = _atlas()
-    place = np.clip(uv * _TEXELS, 0, _TEXELS - 1).astype(np.int32)
-    texel = np.take(atlas.maps, place[1] * _TEXELS + place[0], 0)
+    painted = atlas()
+    place = np.clip(uv * TEXELS, 0, TEXELS - 1).astype(np.int32)
+    texel = np.take(painted.maps, place[1] * TEXELS + place[0], 0)
     age, oily, red = row["age"], row["oily"], row["lips_red"]
     level = row["intensity"] / 5
-    depth = np.minimum(atlas.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + atlas.age * max(age - 0.35, 0) * 1.2
+    depth = np.minimum(painted.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + painted.age * max(age - 0.35, 0) * 1.2
     # All that is linear in the maps is one product: folds (height, slopes) and the skin's brightness.
     mix = np.zeros((4, texel.shape[1]), np.float32)
-    start = len(_CHANNELS)
-    mix[3, start : start + 6] = 0.035 * row["blotches"]
-    mix[3, _CHANNELS.index("tone")] = 0.016
-    mix[3, _CHANNELS.index("grain")] = 0.018 * (0.6 + 0.6 * age)
+    start = len(CHANNELS)
+    mix[3, start : start + BLOTCHES] = 0.035 * row["blotches"]
+    mix[3, CHANNELS.index("tone")] = 0.016
+    mix[3, CHANNELS.index("grain")] = 0.018 * (0.6 + 0.6 * age)
     for k in range(3):
-        mix[k, start + 6 + k :: 3] = depth
+        mix[k, start + BLOTCHES + k :: 3] = depth
     fold = mix @ texel.T
-    value = dict(zip(_CHANNELS, np.ascontiguousarray(texel[:, :start].T), strict=True))
+    value = dict(zip(CHANNELS, np.ascontiguousarray(texel[:, :start].T), strict=True))
 
     skin = colours["skin"]
     albedo = skin[:, None] * (1 + fold[3])
@@ -520,7 +306,7 @@ def _paint_face(
     return albedo, fold[1:3], ambient, gloss
 
 
-def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
+def _paint_eye(uv: np.ndarray, row: _Row) -> np.ndarray:
     """Return the albedo ``(3, P)`` of pixels on the eyeballs; ``uv`` holds the turn and the angle from the pole."""
     r = uv[1] * (90 / float(np.degrees(np.arcsin(IRIS_RADIUS / EYE_RADIUS))))
     iris = _palette(_EYES, row["eye_colour"])
@@ -535,10 +321,10 @@ def _paint_eye(uv: np.ndarray, row: Parameters) -> np.ndarray:
 
 
 def _shade(
-    first: np.ndarray, cosines: np.ndarray, place: np.ndarray, row: Parameters, light: _Light, head: np.ndarray
+    first: np.ndarray, cosines: np.ndarray, place: np.ndarray, row: _Row, light: _Light, head: np.ndarray
 ) -> np.ndarray:
     """Return the lit colours ``(3, P)`` in [0, 1] (square-rooted, near sRGB) of the pixels ``place`` ``(P,)``."""
-    atlas, colours = _atlas(), _colours(row)
+    maps, colours = atlas(), _colours(row)
     # One row per quantity: whole-row arithmetic is fast.
     data = np.ascontiguousarray(np.take(first.reshape(-1, 3), place, 0).T)
     cosine = np.ascontiguousarray(np.take(cosines.reshape(-1, 3), place, 0).T)
@@ -563,7 +349,7 @@ def _shade(
     k = on["hair"]
     across, along = uv[0, k], uv[1, k]
     along = (along * 255 + 8 * row["hair_wave"] * np.sin(across * 30)).astype(np.int32) % 256
-    strand = atlas.strands[along, (across * 255).astype(np.int32)]
+    strand = maps.strands[along, (across * 255).astype(np.int32)]
     albedo[:, k] = colours["hair"][:, None] * np.clip(1 + 0.22 * strand, 0.4, 1.7)
     gloss[k] = np.clip(0.20 + 0.16 * strand, 0, 0.6) * (0.4 + float(colours["hair"].mean()))
     k = on["teeth"]
@@ -608,17 +394,17 @@ def _shade(
 # ------------------------------------------------------------------------------------- in front and behind
 
 
-def _background(row: Parameters, size: int) -> np.ndarray:
+def _background(row: _Row, size: int) -> np.ndarray:
     """Return what is behind, ``(S, S, 3)`` in [0, 1]: two colours around the row's hue, mixed by its kind."""
     draw = [float(value) for value in row["background_draw"]]
     hue, kind = row["background_hue"], int(row["background"])
     first = _hsv(hue, 0.12 + 0.5 * draw[0], 0.30 + 0.55 * draw[1])
     second = _hsv((hue + 0.10 * (draw[2] - 0.5)) % 1, 0.10 + 0.5 * draw[3], 0.12 + 0.7 * draw[4])
     ramp = np.linspace(0, 1, size, dtype=np.float32)
-    tile = _atlas().static
+    tile = atlas().static
     x, y = int(draw[6] * 400), int(draw[7] * 400)
     if kind == 0:
-        blend = np.zeros((size, size), np.float32)
+        blend: np.ndarray = np.zeros((size, size), np.float32)
     elif kind == 1:
         angle = draw[5] * 2 * np.pi
         blend = 0.5 + 0.5 * (math.cos(angle) * (2 * ramp[None] - 1) + math.sin(angle) * (2 * ramp[:, None] - 1))
@@ -639,7 +425,7 @@ def _background(row: Parameters, size: int) -> np.ndarray:
     return first + np.clip(blend, 0, 1)[:, :, None] * (second - first)
 
 
-def _pixels(places: np.ndarray, row: Parameters, size: int) -> np.ndarray:
+def _pixels(places: np.ndarray, row: _Row, size: int) -> np.ndarray:
     pose = Pose(*(np.array([row[name]]) for name in Pose._fields))
     return project(places[None].astype(np.float32), pose, size)[0]
 
@@ -648,9 +434,7 @@ def _fixed(points: np.ndarray) -> np.ndarray:
     return np.round(points * 16).astype(np.int32)
 
 
-def _draw_glasses(
-    image: np.ndarray, cover: np.ndarray, row: Parameters, vertices: dict[int, np.ndarray], size: int
-) -> None:
+def _draw_glasses(image: np.ndarray, cover: np.ndarray, row: _Row, vertices: dict[int, np.ndarray], size: int) -> None:
     """Draw glasses into ``image`` and ``cover``: rims before the eyes, a bridge and the visible temple."""
     shape = float(row["glasses_shape"])
     power = 2.0 + 2.5 * (shape % 0.5) * 2
@@ -693,7 +477,7 @@ def _draw_glasses(
     np.maximum(cover, stroke, out=cover)
 
 
-def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: Parameters, points: np.ndarray, size: int) -> None:
+def _draw_occluder(image: np.ndarray, cover: np.ndarray, row: _Row, points: np.ndarray, size: int) -> None:
     """Draw what stands before the face; ``points`` are its 68 points in pixels of ``image``."""
     kind, draw = OCCLUDERS[int(row["occluder"])], row["occluder_draw"]
     layer = np.zeros((size, size), np.float32)
@@ -764,10 +548,15 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
     if not hasattr(cv2, "triangleRasterize"):
         raise ConfigError(f"built-in faces are drawn by OpenCV 5; version {cv2.__version__} is installed, upgrade it")
     # Plain numbers do not turn float32 pixels into float64.
-    row = {key: value.item() if np.ndim(value) == 0 else value.astype(np.float32) for key, value in row.items()}
-    model, size = face_model(), dials.image_size
+    plain = {key: value.item() if np.ndim(value) == 0 else value.astype(np.float32) for key, value in row.items()}
+    return _draw(plain, dials.image_size)
+
+
+def _draw(row: _Row, size: int) -> np.ndarray:
+    """Return the picture of a row of plain numbers."""
+    model = face_model()
     large = size * 3 // 2
-    head = rotation(*(np.array([row[key]]) for key in ("pitch", "yaw", "roll")))[0].astype(np.float32)
+    head = _turn(row["pitch"], row["yaw"], row["roll"])
     light, shape = _light(row), _shape(row, model)
     first, cosines, mask = _rasterise(shape, model, row, light, large)
     image = np.zeros((large, large, 3), np.float32)
@@ -791,7 +580,7 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
         image = cv2.GaussianBlur(image, (0, 0), blur)
     image *= 255
     if row["noise"] > 0:
-        tile = _atlas().static
+        tile = atlas().static
         x, y = int(row["noise_key"] * 511), int(row["noise_key"] * 511 * 511) % 511
         window = np.take(np.take(tile, np.arange(y, y + size) % 512, 0), np.arange(x, x + size) % 512, 1)
         image += (row["noise"] * window)[:, :, None]
