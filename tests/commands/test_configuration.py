@@ -175,13 +175,11 @@ def test_open_hydra_leaves_hydra_as_it_was(tree):
             ["experiment=controlled/party"],
             "experiment has no option 'controlled/party'; did you mean controlled/parity?",
         ),
-        (["experiment=parity"], "did you mean controlled/parity?"),
         (["task=[au,exprssion]"], "task has no option 'exprssion'; did you mean expression?"),
         (["experiment=wrong"], "encoder has no option 'lage' (named in experiment/wrong.yaml); did you mean large?"),
         (["trainer.max_epoch=3"], "trainer has no key 'max_epoch'; did you mean max_epochs?"),
         (["max_epochs=3"], "there is no key 'max_epochs'; did you mean trainer.max_epochs?"),
         (["seed.x=3"], "seed is a value without keys below it"),
-        (["dataset=table", "dataset.tabel=x"], "dataset has no key 'tabel'; did you mean table?"),
         (["finder=faceapi"], "affect train has no group finder"),
         (["seed=1,2"], "seed=1,2: several values need -m (one run for each), or seed=[1,2] for a list"),
         (["seed=range(1,3)"], "seed=range(1,3): several values need -m"),
@@ -192,7 +190,6 @@ def test_open_hydra_leaves_hydra_as_it_was(tree):
         (["+seed=3"], "seed exists already; write seed=… without +"),
         (["~sed"], "'sed' does not exist"),
         (["hydra.job.nam=x"], "hydra.job has no key 'nam'; did you mean name"),
-        (["hydra/launcher=nope"], "pip install 'affect[cluster]'"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tree, overrides, said):
