@@ -301,6 +301,17 @@ def test_reduced_decoding_gives_the_crop_of_the_recipe(tmp_path, monkeypatch, ki
     assert difference.max() <= 6
 
 
+@pytest.mark.parametrize("side", [40, 200])
+@pytest.mark.parametrize("border", ["constant", "replicate", "reflect"])
+def test_an_unreduced_crop_is_that_of_the_recipe_to_the_bit(side, border):
+    recipe = CropRecipe(kind="none", size=SIZE, border=border, margin=0.3, antialias=False)
+    source = Source("s", samples.table(2, landmarks=False), samples.DrawnImages(side), recipe=recipe)
+    batch = FaceDataset([source], [np.arange(2)], {}, FaceTransform(SIZE)).batch(0, np.arange(2))
+    for row in range(2):
+        expected = recipe.crop(samples.smooth_image(row, side, side), recipe.matrix(image_size=(side, side)))
+        np.testing.assert_array_equal(batch.image[row].permute(1, 2, 0), expected)
+
+
 def test_rows_that_cannot_be_cropped_are_known():
     points = samples.points_68(0, 4)
     points[1] = np.nan
