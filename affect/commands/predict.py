@@ -136,19 +136,19 @@ def predict_faces(
 
 
 def observed(observation: FaceObservation) -> dict[str, Any]:
-    """Return the columns of what the finder saw: box, score and points."""
+    """Return the columns of what the finder saw: box, score, and points where no task predicts points of that scheme."""
     return {
         "box": np.asarray(observation.box, np.float32),
         "score": float(observation.score),
-        f"finder_landmarks_{observation.scheme}": np.asarray(observation.points, np.float32).reshape(-1),
+        f"landmarks_{observation.scheme}": np.asarray(observation.points, np.float32).reshape(-1),
     }
 
 
 def add_row(columns: dict[str, list[Any]], row: dict[str, Any]) -> None:
     """Append a row; a column that the row or the earlier rows lack is null there."""
     count = len(next(iter(columns.values()))) if columns else 0
-    for name in row.keys() - columns.keys():
-        columns[name] = [None] * count
+    for name in row:
+        columns.setdefault(name, [None] * count)
     for name, cells in columns.items():
         cells.append(row.get(name))
 
