@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect predict``: faces of an image or a folder, aligned as in training, predicted, written as a table and drawn."""
+"""``affect predict``: the faces of an image or a folder, aligned as in training, as a table and as pictures."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def predict_faces(
 
 
 def observed(observation: FaceObservation) -> dict[str, Any]:
-    """Return the columns of what the finder saw: box, score, and points where no task predicts points of that scheme."""
+    """Return the columns of what the finder saw: box, score, and points if no task predicts points of that scheme."""
     return {
         "box": np.asarray(observation.box, np.float32),
         "score": float(observation.score),
