@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from affect.callbacks.checkpoint import save_tensors
 from affect.errors import CheckpointError
+from affect.files import replacing, save_tensors
 from affect.models.base import AffectModule
 from affect.tasks import Task
 
@@ -81,9 +81,8 @@ def write_release(
         CARD: card,
     }
     for name, text in texts.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+        with replacing(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
     save_tensors(folder / MODEL, dict(state))
 
 
@@ -101,7 +100,9 @@ def _without_weights(node: Any) -> Any:  # noqa: ANN401
     if isinstance(node, Mapping):
         encoder = str(node.get("_target_", "")).startswith("affect.encoders.")
         off = {"pretrained": False, "weights": None} if encoder else {}
-        return {key: _without_weights(value) for key, value in node.items()} | {k: v for k, v in off.items() if k in node}
+        return {key: _without_weights(value) for key, value in node.items()} | {
+            k: v for k, v in off.items() if k in node
+        }
     if isinstance(node, list | tuple):
         return [_without_weights(value) for value in node]
     return node
@@ -125,7 +126,9 @@ def read_release(folder: Path, trust: Sequence[str] = ()) -> Release:
     for name in (MODEL, CONFIG, LABELS, PREPROCESS):
         if not (folder / name).is_file():
             hint = " (the run is not finished)" if (folder / "last.ckpt").exists() else ""
-            raise CheckpointError(f"checkpoint={folder}: no {name} in it{hint}; give the folder of a run or of a release")
+            raise CheckpointError(
+                f"checkpoint={folder}: no {name} in it{hint}; give the folder of a run or of a release"
+            )
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         labels = json.loads((folder / LABELS).read_text(encoding="utf-8"))
@@ -187,7 +190,9 @@ def check_targets(node: Any, trust: Sequence[str], where: str, path: str = "") -
         if key == "_target_":
             if not any(str(value).startswith(f"{package}.") for package in trust):
                 package = str(value).split(".")[0]
-                raise CheckpointError(f"{where}: {place}={value}: not trusted; if you trust its code, trust=[{package}]")
+                raise CheckpointError(
+                    f"{where}: {place}={value}: not trusted; if you trust its code, trust=[{package}]"
+                )
         else:
             check_targets(value, trust, where, place)
 

@@ -64,10 +64,14 @@ def test_every_leaf_names_things_that_exist_and_says_what_it_is(name: str) -> No
             known = str(key) in signature.parameters or str(key).startswith("_")
             assert known or accepts_any, f"{name}: {node['_target_']} takes no argument {key}"
     if group not in ("optimizer", "trainer"):
-        assert (CONF / group / f"{option}.yaml").read_text().startswith("#"), f"{name}: say what it is in the first line"
+        assert (CONF / group / f"{option}.yaml").read_text().startswith("#"), (
+            f"{name}: say what it is in the first line"
+        )
 
 
-@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] not in ("trainer", "optimizer", "logger", "debug")])
+@pytest.mark.parametrize(
+    "name", [n for n in LEAVES if n.split("=")[0] not in ("trainer", "optimizer", "logger", "debug")]
+)
 def test_leaves_of_our_classes_list_every_argument_with_its_default(name: str) -> None:
     group, option = name.split("=")
     for node in targets(leaf(group, option)):
@@ -111,7 +115,9 @@ def test_every_task_builds(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "encoder" and "resnet50" not in n])
 def test_every_encoder_builds_and_trains_with_every_optimizer_and_schedule(name: str) -> None:
-    config = compose_config("train", [name, "encoder.weights=null"] if "timm" not in name else [name, "encoder.name=test_resnet"])
+    config = compose_config(
+        "train", [name, "encoder.weights=null"] if "timm" not in name else [name, "encoder.name=test_resnet"]
+    )
     encoder = instantiate(config.encoder, _convert_="object")
     assert encoder.num_features > 0
 
@@ -140,7 +146,9 @@ def test_every_callback_runs(tiny_run: Callable[..., DictConfig], callbacks: str
     assert (Path(config.paths.output) / "results.json").is_file()
 
 
-EXPERIMENTS = sorted(str(p.relative_to(CONF / "experiment").with_suffix("")) for p in (CONF / "experiment").rglob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(p.relative_to(CONF / "experiment").with_suffix("")) for p in (CONF / "experiment").rglob("*.yaml")
+)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -41,5 +41,7 @@ def test_every_task_learns(tmp_path: Path) -> None:
     for task, name in HEADLINE.items():
         assert last[f"train/{task}/loss"] < first[f"train/{task}/loss"], task
         record = records[task, name]
-        better = record["value"] > record["constant"] if record["higher_is_better"] else record["value"] < record["constant"]
+        better = (
+            record["value"] > record["constant"] if record["higher_is_better"] else record["value"] < record["constant"]
+        )
         assert better, (task, record)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_warm_up_rises_linearly_and_the_cosine_ends_at_its_final_factor() -> Non
     assert factors[10] == 1
     assert factors[55] == pytest.approx(0.51)
     assert factors[100] == pytest.approx(0.02)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_polynomial_ends_at_zero() -> None:

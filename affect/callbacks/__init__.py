@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Callbacks that act on any model."""
 
-from affect.callbacks.checkpoint import LAST, BEST, AtomicCheckpointIO, BestWeights, LastCheckpoint, save_tensors
+from affect.callbacks.checkpoint import BEST, LAST, AtomicCheckpointIO, BestWeights, LastCheckpoint
 from affect.callbacks.ema import EMA
 from affect.callbacks.history import History
 from affect.callbacks.seeding import SeedEachStep
 
-__all__ = ["BEST", "EMA", "LAST", "AtomicCheckpointIO", "BestWeights", "History", "LastCheckpoint", "SeedEachStep", "save_tensors"]
+__all__ = [
+    "BEST",
+    "EMA",
+    "LAST",
+    "AtomicCheckpointIO",
+    "BestWeights",
+    "History",
+    "LastCheckpoint",
+    "SeedEachStep",
+]

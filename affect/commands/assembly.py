@@ -112,7 +112,9 @@ def build_datamodule(
     schemes: tuple[str, ...] = (),
 ) -> FaceDataModule:
     """Return the data module of a run, set up: tasks bound, labels checked, parts assigned, statistics taken."""
-    protocol = Protocol(**OmegaConf.to_container(config.protocol, resolve=True))
+    protocol = Protocol(
+        **OmegaConf.to_container(config.protocol, resolve=True), selection=config.get("selection", "best_val")
+    )
     train = OmegaConf.to_container(config.transform.train, resolve=True) if config.get("transform") else None
     plain = FaceTransform(size=image_size)
     transform = FaceTransform(size=image_size, **train) if train is not None else plain

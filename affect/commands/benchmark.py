@@ -39,5 +39,7 @@ def run(config: DictConfig) -> None:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
     out = Path(config.out) if config.out else Path("benchmarks") / f"{config.what}.json"
-    write_json(out, {"benchmark": config.what, "threads": int(config.threads), "rows": rows, "environment": environment()})
+    write_json(
+        out, {"benchmark": config.what, "threads": int(config.threads), "rows": rows, "environment": environment()}
+    )
     console.print(f"[bold]{out}[/bold]")

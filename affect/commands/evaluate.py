@@ -44,7 +44,7 @@ def run(config: DictConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, index, rows = inference.predict_values(module, loader, device, f"predicting {config.part}")
     group_by = list(config.group_by)
-    table = inference.predictions_table(sources, tasks, values, index, rows, group_by)
+    table = inference.predictions_table(sources, tasks, values, index, rows, settings.protocol.get("group"), group_by)
     records = inference.table_metrics(table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by)
 
     name = settings.dataset.name
@@ -101,9 +101,7 @@ def stored_run(release: Release) -> DictConfig | None:
     return loaded if isinstance(loaded, DictConfig) and "dataset" in loaded else None
 
 
-def usable_tasks(
-    tasks: dict[str, Task], sources: list[Source], release: Release, console: Console
-) -> dict[str, Task]:
+def usable_tasks(tasks: dict[str, Task], sources: list[Source], release: Release, console: Console) -> dict[str, Task]:
     """Return the tasks that the tables have labels for, and say which are left out.
 
     Raises:
@@ -120,4 +118,3 @@ def usable_tasks(
             f"{', '.join(sorted(names)[:8])})"
         )
     return usable
-

@@ -72,7 +72,7 @@ def write_prediction_figures(
             )
             draw.save(draw.confusion_matrix(matrix.numpy(), task.outputs), folder / f"{name}_confusion.png")
         elif isinstance(task, ValenceArousal):
-            figure = draw.circumplex(values, encoded.target, encoded.mask.all(1), records=own)
+            figure = draw.circumplex(values, encoded.target, np.asarray(encoded.mask.all(1)), records=own)
             draw.save(figure, folder / f"{name}_circumplex.png")
         elif isinstance(task, Coefficients):
             figure = draw.coefficient_scatter(values, encoded.target, task.outputs, encoded.mask, records=own)
@@ -132,7 +132,7 @@ def crop_points(tasks: Mapping[str, Task], values: Mapping[str, Any], batch: Any
 
 
 def answers(tasks: Mapping[str, Task], values: Mapping[str, Any], masks: Mapping[str, Any] | None, k: int) -> dict:
-    """Return what stands below face ``k``: a class name, flags of action units, numbers; unlabelled ones are left out."""
+    """Return what stands below face ``k``: class name, flags of action units, numbers; unlabelled ones are left out."""
     found: dict[str, Any] = {}
     for name, task in tasks.items():
         row = values[name][k]

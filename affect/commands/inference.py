@@ -54,9 +54,13 @@ def predictions_table(
     values: Mapping[str, np.ndarray],
     source_index: np.ndarray,
     rows: np.ndarray,
+    group: str | None = None,
     group_by: Sequence[str] = (),
 ) -> FaceTable:
-    """Return a face table of predicted columns, with true labels under ``target_``, group and origin of each row."""
+    """Return a face table of predicted columns, with true labels under ``target_``, group and origin of each row.
+
+    ``group`` replaces the sources' own group, as ``protocol.group`` does.
+    """
     columns: dict[str, Any] = {}
     for name, task in tasks.items():
         columns.update(task.decode(values[name]))
@@ -81,7 +85,7 @@ def predictions_table(
             stored = np.empty(len(where), dtype=object)
             stored[:] = taken.arrow[column].to_pylist()
             parts.setdefault(TARGET_PREFIX + column, []).append((where, stored))
-        groups, _ = source.table.strings(source.group, picked)
+        groups, _ = source.table.strings(group or source.group, picked)
         parts.setdefault("group", []).append((where, groups))
         parts.setdefault("source", []).append((where, np.full(len(where), source.name, dtype=object)))
     for column, pieces in parts.items():
@@ -117,7 +121,7 @@ def table_metrics(
         values = task.read_values(table)
         encoded = task.encode(truth)
         subgroups = {column: table.strings(column)[0] for column in group_by}
-        for record in evaluate(
+        found = evaluate(
             task.metrics,
             torch.from_numpy(np.asarray(values)),
             torch.from_numpy(encoded.target),
@@ -127,8 +131,8 @@ def table_metrics(
             resamples=resamples,
             level=level,
             seed=seed,
-        ):
-            records.append({"task": name, **record})
+        )
+        records += [{"task": name, **record} for record in found]
     return records
 
 

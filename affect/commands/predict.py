@@ -139,7 +139,7 @@ def observed(observation: FaceObservation) -> dict[str, Any]:
     """Return the columns of what the finder saw: box, score, and points if no task predicts points of that scheme."""
     return {
         "box": np.asarray(observation.box, np.float32),
-        "score": float(observation.score),
+        "score": observation.score,
         f"landmarks_{observation.scheme}": np.asarray(observation.points, np.float32).reshape(-1),
     }
 

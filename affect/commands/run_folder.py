@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 
 from affect.commands.configuration import sweep_job
 from affect.errors import ConfigError
+from affect.files import replacing
 
 RESULTS, CONFIG, LOCK = "results.json", "config.yaml", "run.lock"
 
@@ -45,8 +47,8 @@ def _drop(node: Any, keys: list[str]) -> None:  # noqa: ANN401
 def resolve_output(config: DictConfig) -> Path:
     """Return the run's folder and store it as ``paths.output``.
 
-    Alone, a run lives in ``runs/<name>/<dataset>-<test part>/<hash>/seed<k>`` or where ``paths.output`` says; a job of a
-    sweep lives in the job's own folder.
+    Alone, a run lives in ``runs/<name>/<dataset>-<test part>/<hash>/seed<k>`` or where ``paths.output`` says; a job
+    of a sweep lives in the job's own folder.
     """
     job = sweep_job()
     if job is not None:
@@ -55,7 +57,8 @@ def resolve_output(config: DictConfig) -> Path:
     elif config.paths.output:
         output = Path(config.paths.output)
     else:
-        where = f"{config.dataset.name}-{config.protocol.test}"
+        test = config.protocol.test
+        where = f"{config.dataset.name}-{'test' if test is None else test}"
         output = Path(config.paths.runs) / config.name / where / result_hash(config) / f"seed{config.seed}"
     output = output.expanduser().absolute()
     OmegaConf.update(config, "paths.output", str(output))
@@ -66,9 +69,14 @@ def resolve_output(config: DictConfig) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process ends in whatever way.
 
+    Only the first process of a distributed run takes it.
+
     Raises:
         ConfigError: If another process holds it.
     """
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         try:
@@ -98,10 +106,8 @@ def same_run(folder: Path, config: DictConfig) -> None:
                 "choose another paths.output, or force=true to replace it"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{CONFIG}.partial"
-    partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as part:
+        part.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
 
 
 def _identity(config: DictConfig) -> str:

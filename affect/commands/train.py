@@ -62,9 +62,6 @@ def check_keys(config: DictConfig) -> None:
     """Refuse values that would only fail after the training."""
     if config.selection not in SELECTIONS:
         raise ConfigError(f"selection={config.selection}: write one of {', '.join(SELECTIONS)}")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{missing[0]} is needed: write {missing[0]}=…")
 
 
 def clear(output: Path) -> None:
@@ -132,7 +129,7 @@ def build_trainer(config: DictConfig, first: list[pl.Callback]) -> pl.Trainer:
 
 def select_weights(config: DictConfig, trainer: pl.Trainer, module: AffectModule, output: Path) -> dict[str, Any]:
     """Load the selected weights into ``module`` and return what selected them."""
-    best = next((c for c in trainer.callbacks if isinstance(c, BestWeights)), None)
+    best = next((c for c in trainer.callbacks if isinstance(c, BestWeights)), None)  # type: ignore[attr-defined]
     if config.selection == "best_val":
         if best is None or not (output / BEST).is_file():
             raise ConfigError("selection=best_val needs callbacks.best and a validation part; or selection=last")
@@ -169,7 +166,9 @@ def finish(
         loader = datamodule.part_dataloader(part)
         values, source_index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
         group_by = list(config.group_by)
-        table = inference.predictions_table(datamodule.sources, module.tasks, values, source_index, rows, group_by)
+        table = inference.predictions_table(
+            datamodule.sources, module.tasks, values, source_index, rows, config.protocol.group, group_by
+        )
         table.to_parquet(output / "predictions" / f"{part}.parquet")
         metrics[part] = inference.table_metrics(
             table, module.tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from affect import labels
-from affect.data.table import declared_type, replacing, to_arrow
+from affect.data.table import declared_type, to_arrow
 from affect.errors import DataError
+from affect.files import replacing
 
 NULLS = ("", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None")
 """Cells of number columns that mean a missing value."""

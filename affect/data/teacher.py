@@ -29,8 +29,9 @@ from rich.progress import Progress
 
 from affect import labels
 from affect.data.images import read_image
-from affect.data.table import JSON, FaceTable, replacing
+from affect.data.table import JSON, FaceTable
 from affect.errors import DataError
+from affect.files import replacing
 from affect.geometry.alignment import invert
 from affect.geometry.providers import LANDMARKER_SHA256, FaceFinder, FaceObservation, MediapipeFinder, moved
 

@@ -25,11 +25,30 @@ from affect.tasks import Task, to_pixels
 class Batch(Protocol):
     """What a model may read of a batch; ``affect.data.batch.FaceBatch`` has it."""
 
-    image: Tensor
-    targets: dict[str, Tensor]
-    masks: dict[str, Tensor]
-    points: dict[str, Tensor]
-    point_masks: dict[str, Tensor]
+    @property
+    def image(self) -> Tensor:
+        """RGB uint8 ``(B, 3, H, W)``."""
+        ...
+
+    @property
+    def targets(self) -> dict[str, Tensor]:
+        """Targets by task."""
+        ...
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Masks by task."""
+        ...
+
+    @property
+    def points(self) -> dict[str, Tensor]:
+        """Points by landmark scheme ``(B, P, 2)``, in pixels of ``image``."""
+        ...
+
+    @property
+    def point_masks(self) -> dict[str, Tensor]:
+        """Masks of points by landmark scheme ``(B, P)``."""
+        ...
 
 
 class Objective(nn.Module):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result files and tables; the figures, which load matplotlib, are in ``affect.report.figures``."""
 
-from affect.report.files import replacing
 from affect.report.records import Record, Score, read_scores
 from affect.report.results import environment, read_json, to_json, write_json
 from affect.report.tables import comparison_table, markdown, markdown_table, results_table, subgroup_table
@@ -15,7 +14,6 @@ __all__ = [
     "markdown_table",
     "read_json",
     "read_scores",
-    "replacing",
     "results_table",
     "subgroup_table",
     "to_json",

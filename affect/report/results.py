@@ -14,12 +14,13 @@ import sys
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import affect
 from affect.errors import DataError
-from affect.report.files import replacing
+from affect.files import replacing
 
 PACKAGES = (
     "torch",
@@ -61,7 +62,7 @@ def write_json(path: str | os.PathLike[str], data: object) -> Path:
     return Path(path)
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, object]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the mapping that a JSON file holds.
 
     Raises:

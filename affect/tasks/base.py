@@ -140,11 +140,15 @@ class Task(ABC):
     def encode(self, source: Columns, rows: np.ndarray | None = None) -> Encoded:
         """Return targets and masks of ``rows`` (all rows if None), vectorised."""
 
-    def check(self, source: Columns) -> None:
+    def check(self, source: Columns) -> None:  # noqa: B027 - a task without a range has nothing to check
         """Raise ``DataError`` if a label lies outside its range, naming column, first row and value."""
 
     def flip(self, encoded: Encoded) -> Encoded:
         """Return the targets of the mirrored images."""
+        return encoded
+
+    def turn(self, encoded: Encoded, degrees: np.ndarray) -> Encoded:
+        """Return the targets of images turned clockwise by ``degrees`` ``(N,)``, before they are mirrored."""
         return encoded
 
     # -------------------------------------------------------------------------------- representation, values
@@ -207,7 +211,7 @@ def require_range(source: Columns, column: str, low: float, high: float, integer
         )
 
 
-def require_known(names: Sequence[str], known: Mapping | Sequence, what: str) -> None:
+def require_known(names: Sequence[str] | Sequence[int], known: Mapping | Sequence, what: str) -> None:
     """Raise ``ConfigError`` if a name is not among ``known``."""
     from affect.errors import near
 

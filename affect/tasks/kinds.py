@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class _ActionUnits(_ScalarColumns):
 
     suffix: ClassVar[str]
 
-    def __init__(self, aus: Sequence[int] | str | None = None, **common) -> None:  # noqa: ANN003
+    def __init__(self, aus: Sequence[int] | str | None = None, **common: Any) -> None:  # noqa: ANN401
         super().__init__(**common)
         if isinstance(aus, str):
             require_known([aus], labels.AU_SETS, "action unit set")
@@ -135,7 +135,7 @@ class Expression(Task):
 
     softmax: ClassVar[bool] = True
 
-    def __init__(self, classes: Sequence[str] | str | None = None, **common) -> None:  # noqa: ANN003
+    def __init__(self, classes: Sequence[str] | str | None = None, **common: Any) -> None:  # noqa: ANN401
         super().__init__(**common)
         if isinstance(classes, str):
             require_known([classes], labels.EXPRESSION_ORDERS, "expression order")
@@ -254,7 +254,7 @@ class Landmarks(Task):
         **common: Arguments of ``Task``.
     """
 
-    def __init__(self, scheme: str = "68", **common) -> None:  # noqa: ANN003
+    def __init__(self, scheme: str = "68", **common: Any) -> None:  # noqa: ANN401
         super().__init__(**common)
         scheme = str(scheme)
         require_known([scheme], labels.SCHEMES, "landmark scheme")
@@ -328,6 +328,11 @@ class HeadPose(_ScalarColumns):
     def flip(self, encoded: Encoded) -> Encoded:
         return Encoded(encoded.target * np.array([1, -1, -1], np.float32), encoded.mask)
 
+    def turn(self, encoded: Encoded, degrees: np.ndarray) -> Encoded:
+        roll = np.zeros_like(encoded.target)
+        roll[:, 2] = np.where(encoded.mask[:, 2], degrees, 0)
+        return Encoded(encoded.target + roll, encoded.mask)
+
 
 class Attributes(_ScalarColumns):
     """Binary attributes by name (``attribute_<name>`` columns), represented by logits.
@@ -341,7 +346,7 @@ class Attributes(_ScalarColumns):
     high: ClassVar[float] = 1.0
     prefix: ClassVar[str] = "attribute_"
 
-    def __init__(self, names: Sequence[str] | None = None, **common) -> None:  # noqa: ANN003
+    def __init__(self, names: Sequence[str] | None = None, **common: Any) -> None:  # noqa: ANN401
         super().__init__(**common)
         self.names = None if names is None else tuple(str(name) for name in names)
 
@@ -386,7 +391,7 @@ class Coefficients(_ScalarColumns):
         prefix: str = "bs_",
         low: float = 0.0,
         high: float = 1.0,
-        **common,  # noqa: ANN003
+        **common: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**common)
         self.names = None if names is None else tuple(str(name) for name in names)
@@ -410,6 +415,17 @@ class Coefficients(_ScalarColumns):
 
     def _output_columns(self) -> tuple[str, ...]:
         return self.outputs
+
+    def flip(self, encoded: Encoded) -> Encoded:
+        """Exchange outputs whose names differ by Left and Right alone, e.g. ``bs_jawLeft`` and ``bs_jawRight``."""
+        index = {name: k for k, name in enumerate(self.outputs)}
+        partner = {"Left": "Right", "Right": "Left"}
+        order = list(range(len(self.outputs)))
+        for name, k in index.items():
+            for side, other in partner.items():
+                if name.endswith(side):
+                    order[k] = index.get(name.removesuffix(side) + other, k)
+        return Encoded(encoded.target[:, order], encoded.mask[:, order])
 
     def predict(self, output: Tensor) -> Tensor:
         return torch.clamp(output, self.low, self.high)

@@ -140,7 +140,7 @@ def test_killed_after_another_step(step: int, tmp_path: Path, uninterrupted: Pat
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     assert _run(_train_until_write, folder, 4) == -signal.SIGKILL
-    assert list(folder.glob(".last.ckpt.*")), "the kill came before the write"
+    assert list(folder.glob(".last.*.ckpt")), "the kill came before the write"
     assert _run(_train, folder) == 0
     _same(folder, uninterrupted)
 

@@ -82,7 +82,9 @@ def test_parts_share_no_subject(finished: Path) -> None:
 
     config = OmegaConf.load(finished / "config.yaml")
     config.data.limit = None
-    datamodule = build_datamodule(config, build_sources(config, make(config.prepare, "prepare")), make_tasks(config), 32)
+    datamodule = build_datamodule(
+        config, build_sources(config, make(config.prepare, "prepare")), make_tasks(config), 32
+    )
     datamodule.setup("fit")
     subjects = datamodule.sources[0].table.strings("subject")[0]
     parts = {part: set(subjects[datamodule.part_rows(part)[0]]) for part in ("train", "validation", "test")}
@@ -137,7 +139,7 @@ def test_evaluate_by_subgroup(finished: Path, compose: Callable[..., DictConfig]
     subgroups = {r["subgroup"] for r in results(tmp_path)["metrics"]["test"]}
     assert None in subgroups
     assert any(str(name).startswith("skin_group=") for name in subgroups)
-    with pytest.raises(ConfigError, match="group_by: no column 'skin_grup'.*did you mean skin_group"):
+    with pytest.raises(ConfigError, match=r"group_by: no column 'skin_grup'.*did you mean skin_group"):
         evaluate.run(compose("evaluate", *overrides, "group_by=[skin_grup]"))
 
 
@@ -149,9 +151,7 @@ def test_a_checkpoint_of_another_task_set_is_refused(
     import cv2
 
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 40, 3), np.uint8))
-    config = compose(
-        "evaluate", f"checkpoint={finished}", "dataset=table", f"dataset.table={tmp_path / 'labels.csv'}"
-    )
+    config = compose("evaluate", f"checkpoint={finished}", "dataset=table", f"dataset.table={tmp_path / 'labels.csv'}")
     with pytest.raises(CheckpointError, match="predicts other things than the table has labels for"):
         evaluate.run(config)
 

@@ -105,7 +105,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_killed_writer_leaves_the_old_file(tmp_path):
     path = write_json(tmp_path / "results.json", {"old": 1})
     program = (
-        "import os, sys; from affect.report.files import replacing\n"
+        "import os, sys; from affect.files import replacing\n"
         "with replacing(sys.argv[1]) as part:\n    part.write_text('half'); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our loader against torchvision's ImageFolder: same files, same decoded size, same augmentations, normalised batches."""
+"""Our loader against torchvision's ImageFolder: same files, decoded size and augmentations, normalised batches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def _photograph() -> np.ndarray:
 def _ours(table: FaceTable, seed: int) -> float:
     """Return images per second up to the normalised batch."""
     augment = [
-        {"_target_": "albumentations.RandomBrightnessContrast", "brightness_limit": 0.2, "contrast_limit": 0.2, "p": 1.0},
+        {
+            "_target_": "albumentations.RandomBrightnessContrast",
+            "brightness_limit": 0.2,
+            "contrast_limit": 0.2,
+            "p": 1.0,
+        },
         {
             "_target_": "albumentations.CoarseDropout",
             "num_holes_range": (1, 1),

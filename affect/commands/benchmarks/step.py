@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -78,7 +79,7 @@ def _ours(name: str, side: int, batch: FaceBatch, steps: int) -> list[float]:
             enable_model_summary=False,
         )
         trainer.fit(module, _Batches(batch, steps + 1))
-    return [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(clock.times)]
 
 
 def _bare(name: str, side: int, batch: FaceBatch, steps: int) -> list[float]:
@@ -95,7 +96,7 @@ def _bare(name: str, side: int, batch: FaceBatch, steps: int) -> list[float]:
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         times.append(time.perf_counter())
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:

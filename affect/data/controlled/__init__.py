@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Inputs of controlled experiments: synthetic data with known truth."""

@@ -153,7 +153,7 @@ def judge_action_units(
             for partner, held in PARTNERS.get(au, {}).items():
                 intensity[:, ACTION_UNITS.index(partner)] = held
             moved = dict(parameters)
-            moved["intensity"] = intensity
+            moved["intensity"], moved["side"] = intensity, np.zeros_like(intensity)
             moved["coefficient"] = coefficients(
                 parameters["identity"], intensity, np.zeros(identities), parameters["gaze_pitch"]
             )

@@ -4,7 +4,7 @@
 OpenCV rasterises the mesh twice with a depth buffer, once with texture coordinates and once with the cosines that
 light needs; everything else is computed per visible pixel (deferred shading), so that the cost follows the number of
 pixels. Skin is painted in the texture space of the canonical face (``paint.py``). Edges are smoothed by drawing at one
-and a half times the size.
+and a third times the size.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _rasterise(
     # The lids lie on the balls: moved away along the line of sight, a ball shows in the same place but never pierces.
     for eye in model.eyes:
         points[eye] *= 1 + 0.6 / distance
-    a, b, c = (np.take(shape.camera, model.triangles[:, k], 0) for k in range(3))
+    a, b, c = (np.take(shape.camera, model.triangles[:, k], 0, mode="clip") for k in range(3))
     ab, ac = b - a, c - a
     flat = np.stack(
         [
@@ -257,19 +257,29 @@ def _paint_face(
     """
     painted = atlas()
     place = np.clip(uv * TEXELS, 0, TEXELS - 1).astype(np.int32)
-    texel = np.take(painted.maps, place[1] * TEXELS + place[0], 0)
+    texel = np.take(painted.maps, place[1] * TEXELS + place[0], 0, mode="clip")
     age, oily, red = row["age"], row["oily"], row["lips_red"]
-    level = row["intensity"] / 5
-    depth = np.minimum(painted.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + painted.age * max(age - 0.35, 0) * 1.2
+    old = painted.age * max(age - 0.35, 0) * 1.2
+
+    def folds(sign: int) -> np.ndarray:
+        """Return the depth of each fold on the subject's right (-1) or left (1) side."""
+        level = row["intensity"] / 5 * (1 - np.clip(sign * row["side"], 0, 1))
+        return np.minimum(painted.wrinkle_au @ level, 1.3) * (0.7 + 0.45 * age) + old
+
     # All that is linear in the maps is one product: folds (height, slopes) and the skin's brightness.
-    mix = np.zeros((4, texel.shape[1]), np.float32)
+    one_sided = bool(np.abs(row["side"]).max() > 0.3)
+    mix = np.zeros((7 if one_sided else 4, texel.shape[1]), np.float32)
     start = len(CHANNELS)
     mix[3, start : start + BLOTCHES] = 0.035 * row["blotches"]
     mix[3, CHANNELS.index("tone")] = 0.016
     mix[3, CHANNELS.index("grain")] = 0.018 * (0.6 + 0.6 * age)
     for k in range(3):
-        mix[k, start + BLOTCHES + k :: 3] = depth
+        mix[k, start + BLOTCHES + k :: 3] = folds(-1)
+        if one_sided:
+            mix[4 + k, start + BLOTCHES + k :: 3] = folds(1)
     fold = mix @ texel.T
+    if one_sided:
+        fold[:3] += np.clip(20 * uv[0] - 9.5, 0, 1) * (fold[4:] - fold[:3])
     value = dict(zip(CHANNELS, np.ascontiguousarray(texel[:, :start].T), strict=True))
 
     skin = colours["skin"]
@@ -326,8 +336,8 @@ def _shade(
     """Return the lit colours ``(3, P)`` in [0, 1] (square-rooted, near sRGB) of the pixels ``place`` ``(P,)``."""
     maps, colours = atlas(), _colours(row)
     # One row per quantity: whole-row arithmetic is fast.
-    data = np.ascontiguousarray(np.take(first.reshape(-1, 3), place, 0).T)
-    cosine = np.ascontiguousarray(np.take(cosines.reshape(-1, 3), place, 0).T)
+    data = np.ascontiguousarray(np.take(first.reshape(-1, 3), place, 0, mode="clip").T)
+    cosine = np.ascontiguousarray(np.take(cosines.reshape(-1, 3), place, 0, mode="clip").T)
     cosine *= 2
     cosine -= 1
     scaled = data[0] * len(PARTS)
@@ -555,7 +565,7 @@ def render(row: Parameters, dials: FaceDials) -> np.ndarray:
 def _draw(row: _Row, size: int) -> np.ndarray:
     """Return the picture of a row of plain numbers."""
     model = face_model()
-    large = size * 3 // 2
+    large = size * 4 // 3
     head = _turn(row["pitch"], row["yaw"], row["roll"])
     light, shape = _light(row), _shape(row, model)
     first, cosines, mask = _rasterise(shape, model, row, light, large)

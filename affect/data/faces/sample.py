@@ -214,7 +214,7 @@ def _from_rates(dials: FaceDials, u: np.ndarray, habit: np.ndarray) -> np.ndarra
 def sample(dials: FaceDials, seed: int, index: np.ndarray, *, camera: bool = True) -> Parameters:
     """Return all parameters of the rows ``index`` ``(N,)``: what is drawn and the noiseless truth.
 
-    Keys include ``subject``, ``expression`` (index into the order ``faces``), ``intensity`` ``(N, 18)``, ``side``,
+    Keys include ``subject``, ``expression`` (index into the order ``faces``), ``intensity`` and ``side`` ``(N, 18)``,
     ``pitch``, ``yaw``, ``roll``, ``gaze_pitch``, ``gaze_yaw``, ``coefficient`` ``(N, C)`` and everything that
     ``render.render`` reads; without ``camera`` light, background and camera are left out, which labels do not need.
     """
@@ -237,15 +237,18 @@ def sample(dials: FaceDials, seed: int, index: np.ndarray, *, camera: bool = Tru
         expression = expression_of(intensity)
 
     biased = _between((expression + 0.5) / len(EXPRESSIONS), dials.yaw)
-    # Contempt shows on one side; other displays are nearly symmetric.
-    one_sided = np.where(u[:, 7] < 0.5, -0.9, 0.9)
+    # Contempt pulls one corner of the mouth; everything else is nearly symmetric.
+    side = np.repeat(0.3 * (u[:, 7:8] - 0.5), len(ACTION_UNITS), 1)
+    contempt = expression == EXPRESSIONS.index(labels.CONTEMPT)
+    for au in (12, 14):
+        side[:, _COLUMN[au]] = np.where(contempt, np.where(u[:, 7] < 0.5, -0.9, 0.9), side[:, _COLUMN[au]])
     covered = u[:, 15] < dials.occluder
     parameters: Parameters = {
         "index": index,
         "subject": subject,
         "expression": expression,
         "intensity": intensity.astype(np.float32),
-        "side": np.where(expression == EXPRESSIONS.index(labels.CONTEMPT), one_sided, 0.3 * (u[:, 7] - 0.5)),
+        "side": side.astype(np.float32),
         "pitch": _between(u[:, 4], dials.pitch),
         "yaw": np.where(u[:, 6] < dials.pose_bias, biased, _between(u[:, 5], dials.yaw)),
         "roll": _between(u[:, 8], dials.roll),

@@ -16,8 +16,9 @@ from affect import labels
 from affect.data.faces.dials import ACTION_UNITS, EXPRESSIONS, FaceDials
 from affect.data.faces.render import render
 from affect.data.faces.sample import attributes_of, labels_of, points_of, sample
-from affect.data.table import FaceTable, replacing
+from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
+from affect.files import replacing
 
 DATASET = "faces"
 SKIN_GROUPS = ("light", "medium", "dark")

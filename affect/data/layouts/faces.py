@@ -33,9 +33,7 @@ def read(dials: FaceDials, seed: int = 0, count: int = 6000, clean: bool = False
     return FaceTable.from_arrow(faces.labels_table(dials, seed, count, clean=clean), ".", metadata)
 
 
-def images(
-    dials: FaceDials, seed: int = 0, count: int = 6000, cache: str | Path | None = None
-) -> ImageReader:
+def images(dials: FaceDials, seed: int = 0, count: int = 6000, cache: str | Path | None = None) -> ImageReader:
     """Return the reader of the images.
 
     Args:

@@ -83,7 +83,7 @@ def labels_file() -> Path:
         if choice.is_file():
             return choice
     raise DataError(
-        f"{choices[1]}: no labels of the ORL photographs; make them: affect teach dataset=orl out={choices[1]}"
+        f"{choices[1]}: no labels of the ORL photographs; make them: affect teach photographs=orl out={choices[1]}"
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Baseline(AffectModule):
         encoder: TimmEncoder,
         hidden: int | None = None,
         dropout: float = 0.0,
-        **common,  # noqa: ANN003
+        **common: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(tasks, **common)
         self.encoder = encoder
@@ -48,4 +49,3 @@ class Baseline(AffectModule):
     def heads(self) -> dict[str, nn.Linear]:
         """Return the linear layer of each task; its rows are the task's outputs in order."""
         return dict(self.head.linear.items())  # type: ignore[arg-type]
-

@@ -20,7 +20,9 @@ class Heads(nn.Module):
         dropout: Dropout rate before the heads.
     """
 
-    def __init__(self, features: int, outputs: Mapping[str, int], hidden: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, features: int, outputs: Mapping[str, int], hidden: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Dropout(dropout)] if dropout else []
         if hidden:
@@ -35,6 +37,8 @@ class Heads(nn.Module):
     def forward(self, vector: Tensor) -> dict[str, Tensor]:
         """Return unbounded outputs ``(B, K)`` by task for ``(B, D)``."""
         if vector.ndim != 2:
-            raise ConfigError(f"heads take a vector per image, got shape {tuple(vector.shape)}: set encoder.output=vector")
+            raise ConfigError(
+                f"heads take a vector per image, got shape {tuple(vector.shape)}: set encoder.output=vector"
+            )
         shared = self.trunk(vector)
         return {name: layer(shared) for name, layer in self.linear.items()}

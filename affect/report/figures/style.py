@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageFont
 
 from affect.errors import ConfigError, DataError
-from affect.report.files import replacing
+from affect.files import replacing
 
 WIDTH = 8.0
 """Width of a figure in inches."""

@@ -31,7 +31,7 @@ def shown(dials: FaceDials, units: dict[int, float], index: int = 0) -> tuple[np
     intensity = np.zeros((1, 18), np.float32)
     for au, value in units.items():
         intensity[0, ACTION_UNITS.index(au)] = value
-    parameters["intensity"] = intensity
+    parameters["intensity"], parameters["side"] = intensity, np.zeros_like(intensity)
     parameters["skin"] = np.full(1, 0.15)
     parameters["coefficient"] = coefficients(parameters["identity"], intensity, np.zeros(1), np.zeros(1))
     return render(row_of(parameters), dials).astype(int), points_of(parameters, dials.image_size)["68"][0]

@@ -173,3 +173,13 @@ def test_points_scale_with_the_image() -> None:
     inside = (small["68"] > 0) & (small["68"] < 99)
     assert inside.mean() > 0.99
     assert replace(dials, zoom=(0.5, 0.5)) != dials
+
+
+def test_only_contempt_is_one_sided_and_only_at_the_mouth() -> None:
+    rows = sample(FaceDials(), 1, MANY[:4000], camera=False)
+    contempt = rows["expression"] == EXPRESSIONS.index(labels.CONTEMPT)
+    corner = [COLUMN[12], COLUMN[14]]
+    assert (np.abs(rows["side"][contempt][:, corner]) > 0.8).all()
+    assert (np.abs(rows["side"][~contempt]) < 0.2).all()
+    assert (np.abs(np.delete(rows["side"], corner, 1)) < 0.2).all()
+    assert abs(np.sign(rows["side"][contempt][:, corner[0]]).mean()) < 0.15

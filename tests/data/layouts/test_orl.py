@@ -132,7 +132,7 @@ class TestErrors:
         with pytest.raises(DataError, match="no table"):
             orl.read(fake_root, fake_root / "nothing.parquet")
         monkeypatch.setattr(orl, "_LABELS", "nothing.parquet")
-        with pytest.raises(DataError, match="affect teach dataset=orl"):
+        with pytest.raises(DataError, match="affect teach photographs=orl"):
             orl.read(fake_root)
 
     def test_labels_inside_the_package_come_first(self, tmp_path, monkeypatch):
