@@ -138,8 +138,9 @@ def read_release(folder: Path, trust: Sequence[str] = ()) -> Release:
         raise CheckpointError(f"checkpoint={folder}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or set(config) != {"task", "model"}:
         raise CheckpointError(f"{folder / CONFIG}: must hold the nodes task and model and nothing else")
-    if not isinstance(labels, dict) or set(labels) != set(config["task"]):
-        raise CheckpointError(f"{folder / LABELS}: must name the outputs of {sorted(config['task'])}")
+    named = isinstance(labels, dict) and isinstance(config["task"], dict) and set(labels) == set(config["task"])
+    if not named or not all(isinstance(names, list) for names in labels.values()):
+        raise CheckpointError(f"{folder / LABELS}: must give a list of output names for each task of {CONFIG}")
     check_config(config, trust, str(folder / CONFIG))
     try:
         state = load_file(folder / MODEL)

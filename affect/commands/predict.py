@@ -68,7 +68,8 @@ def run(config: DictConfig) -> None:
             add_row(columns, {"image": name, "face": face, "success": 1.0, **observed(observation), **row})
         if config.annotate:
             notes = [note(observation, row, tasks) for observation, row in zip(found, values, strict=True)]
-            save_image(annotate_faces(image, notes, top=MOST_BARS), (out / "annotated" / name).with_suffix(".png"))
+            copy = name if name.endswith(".png") else f"{name}.png"
+            save_image(annotate_faces(image, notes, top=MOST_BARS), out / "annotated" / copy)
     for reason, count in skipped.items():
         console.print(f"{reason}: {count} of {len(paths)} images")
     if sum(skipped.values()) == len(paths):

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Photographs in, table and annotated copies out; images without a face are counted, not dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from affect.commands import predict
+from affect.data.table import FaceTable
+from affect.errors import CheckpointError, DataError
+from affect.geometry import CropRecipe, FaceApiFinder
+from affect.release import build_model, build_tasks, read_release, write_release
+from tests.models.test_base import make_module
+
+data = pytest.importorskip("skimage.data")
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a release of an untrained model: what it says has no meaning, but where and in what order it does."""
+    module = make_module().eval()
+    metrics = "affect.metrics"
+    config = {
+        "task": {
+            "au": {
+                "_target_": "affect.tasks.AUOccurrence",
+                "aus": [1, 2],
+                "metrics": {"f": {"_target_": f"{metrics}.F1"}},
+            },
+            "valence_arousal": {"_target_": "affect.tasks.ValenceArousal"},
+            "landmarks": {"_target_": "affect.tasks.Landmarks", "scheme": "5"},
+        },
+        "model": {
+            "_target_": "affect.models.baseline.Baseline",
+            "encoder": {"_target_": "affect.encoders.TimmEncoder", "name": "test_resnet", "image_size": 32},
+        },
+    }
+    recipe = CropRecipe(size=32)
+    preprocess = {"recipe": recipe.describe(), "image_size": 32}
+    folder = tmp_path_factory.mktemp("release")
+    labels = {name: task.outputs for name, task in module.tasks.items()}
+    write_release(folder, module.release_state(), config, labels, preprocess, {}, "card")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    astronaut = data.astronaut()
+    cv2.imwrite(str(folder / "astronaut.png"), astronaut[..., ::-1])
+    (folder / "more").mkdir()
+    cv2.imwrite(str(folder / "more" / "mirrored.jpg"), astronaut[:, ::-1, ::-1])
+    cv2.imwrite(str(folder / "coffee.png"), data.coffee()[..., ::-1])
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    return folder
+
+
+def config(compose: Callable[..., DictConfig], release: Path, source: Path, out: Path, *more: str) -> DictConfig:
+    return compose("predict", f"checkpoint={release}", f"input={source}", f"out={out}", *more)
+
+
+def test_a_folder_gives_one_row_per_face_and_counts_the_rest(
+    compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    predict.run(config(compose, release, photographs, tmp_path))
+    table = FaceTable.read_csv(tmp_path / "predictions.csv")
+    images, _ = table.strings("image")
+    success, _ = table.numbers("success")
+    found = dict(zip(images, success, strict=True))
+    assert found == {"astronaut.png": 1, "broken.jpg": 0, "coffee.png": 0, "more/mirrored.jpg": 1}
+    values, valid = table.numbers("au01_occurrence")
+    assert valid.tolist() == [bool(flag) for flag in success]
+    assert ((values >= 0) & (values <= 1)).all()
+    points, _ = table.numbers("landmarks_5")
+    assert points[success == 1].shape == (2, 10)
+    printed = capsys.readouterr().out
+    assert "no face found: 1 of 4" in printed
+    assert "unreadable image: 1 of 4" in printed
+    assert cv2.imread(str(tmp_path / "annotated" / "astronaut.png")) is not None
+    assert (tmp_path / "annotated" / "more" / "mirrored.jpg.png").is_file()
+    assert not (tmp_path / "annotated" / "coffee.png").exists()
+
+
+def test_the_face_is_cropped_as_in_training(release: Path, photographs: Path) -> None:
+    loaded = read_release(release)
+    tasks = build_tasks(loaded)
+    module = build_model(loaded, tasks)
+    image = np.ascontiguousarray(data.astronaut())
+    found = FaceApiFinder().find(image)
+    recipe = predict.prediction_recipe(loaded.preprocess)
+    row = predict.predict_faces(module, tasks, recipe, image, found, torch.device("cpu"), 8)[0]
+    matrix = recipe.matrix(landmarks=found[0].points)
+    crop = torch.from_numpy(recipe.crop(image, matrix)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        vector = module.encoder(crop)
+        expected = module.head(vector)["au"].sigmoid()[0]
+    assert row["au01_occurrence"] == pytest.approx(float(expected[0]), abs=1e-6)
+    # Points in fractions of the crop come back in pixels of the photograph: the crop's centre is the face's.
+    centre = np.asarray(row["landmarks_5"]).reshape(5, 2).mean(0)
+    box = found[0].box
+    assert box[0] < centre[0] < box[2]
+    assert box[1] < centre[1] < box[3]
+
+
+def test_a_model_of_delivered_crops_gets_the_box_of_the_face() -> None:
+    none = CropRecipe(kind="none", size=32)
+    for described in (None, none.describe()):
+        recipe = predict.prediction_recipe({"recipe": described, "image_size": 32})
+        assert (recipe.kind, recipe.size) == ("box", 32)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("coffee.png", "no face found in 1 image"), ("broken.jpg", "broken.jpg"), ("nowhere", "no such file or folder")],
+)
+def test_a_single_image_that_gives_nothing_is_an_error(
+    compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path, source: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        predict.run(config(compose, release, photographs / source, tmp_path))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_a_folder_without_images_is_an_error(compose: Callable[..., DictConfig], release: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image in it"):
+        predict.run(config(compose, release, tmp_path, tmp_path / "out"))
+
+
+def test_a_checkpoint_that_is_none_is_an_error(
+    compose: Callable[..., DictConfig], photographs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="no model.safetensors in it"):
+        predict.run(config(compose, tmp_path, photographs, tmp_path / "out"))

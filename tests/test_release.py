@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A release from a stranger runs nothing and says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from affect.errors import CheckpointError
+from affect.release import build_model, build_tasks, read_release, release_config
+from tests.commands.test_predict import release  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def folder(release: Path, tmp_path: Path) -> Path:  # noqa: F811
+    shutil.copytree(release, tmp_path / "release")
+    return tmp_path / "release"
+
+
+def change(folder: Path, *keys: Any, value: Any) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    node = config
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def build(folder: Path, trust: tuple[str, ...] = ()) -> None:
+    loaded = read_release(folder, trust)
+    build_model(loaded, build_tasks(loaded))
+
+
+def test_a_good_release_builds(folder: Path) -> None:
+    build(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("model", "_target_"), "os.system", "os.system: not on the list.*trust=\\[os\\]"),
+        (("model", "encoder", "_target_"), "subprocess.run", "subprocess.run: not on the list"),
+        (("model", "unused"), {"_target_": "os.system", "command": "true"}, "os.system: not on the list"),
+        (("model", "unused"), [{"_target_": "os.system"}], "os.system: not on the list"),
+        (("task", "au", "_target_"), "affect.tasks.base.importlib.import_module", "not on the list"),
+        (("model", "_target_"), "affect.models.base.torch.load", "not on the list"),
+        (("model", "_target_"), 3, "names no class"),
+        (("model", "_args_"), [1], "key model._args_ is not allowed"),
+        (("model", "encoder", "_partial_"), True, "key model.encoder._partial_ is not allowed"),
+        (("model", "encoder", "name"), "${oc.env:HOME}", "interpolation is not allowed"),
+        (("model", "encoder", "name"), "hf-hub:someone/model", "paths and addresses"),
+        (("model", "encoder", "name"), "https://example.org/x", "paths and addresses"),
+        (("model", "encoder", "arguments"), {"pretrained_cfg": {"file": "/etc/passwd"}}, "paths and addresses"),
+        (("model", "encoder", "name"), "../../x", "paths and addresses"),
+        (("extra",), {}, "nodes task and model and nothing else"),
+        (("model", "encoder", "name"), "resnet5", "unknown to timm"),
+        (("model", "encoder", "name"), "resnet18", "does not fit its config"),
+        (("model", "no_such_argument"), 3, "no_such_argument"),
+        (("task", "au", "aus"), [1, 4], "outputs of au are not those of its config"),
+    ],
+)
+def test_a_config_that_names_what_it_may_not_is_refused(folder: Path, keys: tuple, value: object, message: str) -> None:
+    change(folder, *keys, value=value)
+    with pytest.raises(CheckpointError, match=message) as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_code_in_yaml_does_not_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.yaml").write_text(f"task: {{}}\nmodel: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n")
+    with pytest.raises(CheckpointError):
+        read_release(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_encoder_never_reaches_the_hub_or_a_file(folder: Path) -> None:
+    change(folder, "model", "encoder", "pretrained", value=True)
+    change(folder, "model", "encoder", "weights", value="weights.pth")
+    assert read_release(folder).config["model"]["encoder"]["pretrained"] is False
+    build(folder)
+
+
+def test_damaged_weights_are_refused(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_release(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["head.linear.au.bias"][0] = torch.nan
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor head.linear.au.bias holds values that are not finite"):
+        read_release(folder)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "labels.json", "preprocess.json", "model.safetensors"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"no {name} in it"):
+        read_release(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"au": ["AU1", "AU2"]}', '{"au": 3, "landmarks": 1, "valence_arousal": 2}']
+)
+def test_missing_or_strange_labels_are_refused(folder: Path, text: str) -> None:
+    (folder / "labels.json").write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_reordered_labels_are_refused(folder: Path) -> None:
+    labels = json.loads((folder / "labels.json").read_text())
+    labels["au"].reverse()
+    (folder / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(CheckpointError, match="outputs of au are not those of its config"):
+        build(folder)
+
+
+def test_a_trusted_package_may_be_named(folder: Path) -> None:
+    change(folder, "task", "au", "_target_", value="tests.commands.test_predict.make_module")
+    with pytest.raises(CheckpointError, match=r"trust=\[tests\]"):
+        read_release(folder)
+    read_release(folder, trust=("tests",))
+
+
+def test_a_release_drops_what_only_training_needs() -> None:
+    config = {
+        "task": {"au": {"_target_": "a", "loss": {"x": 1}, "target": {}, "aus": [1]}},
+        "model": {"encoder": {"_target_": "affect.encoders.TimmEncoder", "pretrained": True, "weights": "packaged"}},
+        "optimizer": {"lr": 1},
+    }
+    kept = release_config(config)
+    assert kept["task"] == {"au": {"_target_": "a", "aus": [1]}}
+    assert kept["model"]["encoder"] == {"_target_": "affect.encoders.TimmEncoder", "pretrained": False, "weights": None}
+    assert set(kept) == {"task", "model"}
