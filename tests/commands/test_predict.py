@@ -26,13 +26,13 @@ data = pytest.importorskip("skimage.data")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a release of an untrained model: what it says has no meaning, but where and in what order it does."""
     module = make_module().eval()
-    metrics = "affect.metrics"
+    f1 = {"f1": {"_target_": "affect.metrics.F1"}}
     config = {
         "task": {
             "au": {
                 "_target_": "affect.tasks.AUOccurrence",
                 "aus": [1, 2],
-                "metrics": {"f": {"_target_": f"{metrics}.F1"}},
+                "metrics": f1,
             },
             "valence_arousal": {"_target_": "affect.tasks.ValenceArousal"},
             "landmarks": {"_target_": "affect.tasks.Landmarks", "scheme": "5"},
@@ -137,5 +137,5 @@ def test_a_folder_without_images_is_an_error(compose: Callable[..., DictConfig],
 def test_a_checkpoint_that_is_none_is_an_error(
     compose: Callable[..., DictConfig], photographs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match="no model.safetensors in it"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors in it"):
         predict.run(config(compose, tmp_path, photographs, tmp_path / "out"))

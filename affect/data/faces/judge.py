@@ -54,9 +54,20 @@ PARTNERS = MappingProxyType({26: {25: 3.0}})
 class Observation(Protocol):
     """What a finder says of one face."""
 
-    points: np.ndarray
-    blendshapes: Mapping[str, float] | None
-    pose: Sequence[float] | None
+    @property
+    def points(self) -> np.ndarray:
+        """Points of scheme 68 ``(68, 2)``, in pixels."""
+        ...
+
+    @property
+    def blendshapes(self) -> Mapping[str, float] | None:
+        """Coefficients by name, if the finder has them."""
+        ...
+
+    @property
+    def pose(self) -> Sequence[float] | None:
+        """Pitch, yaw and roll in degrees, if the finder has them."""
+        ...
 
 
 class Finder(Protocol):
