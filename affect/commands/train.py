@@ -264,7 +264,10 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def compare(config: DictConfig, output: Path) -> None:
-    """Train the arms of ``compare`` with the same module and trainer and print one table."""
+    """Train the arms of ``compare`` with the same module and trainer and print one table.
+
+    An arm without overrides is the run itself.
+    """
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
@@ -272,6 +275,9 @@ def compare(config: DictConfig, output: Path) -> None:
     given = [o for o in HydraConfig.get().overrides.task if not o.startswith(("compare", "paths.output"))]
     arms = {}
     for name, overrides in config.compare.items():
+        if not overrides:  # this run itself, under the name that it has among the arms
+            arms[str(name)] = read_json(output / RESULTS)["metrics"]["test"]
+            continue
         console.rule(f"arm {name}: {' '.join(overrides)}")
         arm = compose(config_name="train", overrides=[*given, *overrides])
         OmegaConf.set_struct(arm, False)
@@ -280,7 +286,6 @@ def compare(config: DictConfig, output: Path) -> None:
         arm.paths.output = str(folder)
         train(arm, folder)
         arms[str(name)] = read_json(folder / RESULTS)["metrics"]["test"]
-    arms["this run"] = read_json(output / RESULTS)["metrics"]["test"]
     console.print(comparison_table(arms, title=f"{config.name}: arms on the test part"))
     write_json(output / "compare.json", arms)
     figures.write_comparison_figure(output, arms)
