@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import cohen_kappa_score
 
+from affect.commands import assembly
 from affect.commands.main import import_folder, import_path
 from affect.data.batch import FaceBatch
 from affect.data.faces import FaceDials
@@ -332,6 +333,14 @@ def test_a_package_is_imported_from_the_folder_it_lies_in(tmp_path):
     assert import_folder(tmp_path / "mine" / "inner" / "conf") == tmp_path / "mine"
     (tmp_path / "mine" / "__init__.py").touch()
     assert import_folder(tmp_path / "mine" / "inner" / "conf") == tmp_path
+
+
+def test_a_forgotten_config_dir_is_one_line():
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.create({"read": {"_target_": "package_of_a_user.layout.read"}})
+    with pytest.raises(ConfigError, match="dataset pain: No module named 'package_of_a_user'; .* --config-dir"):
+        assembly.make(node.read, "dataset pain")
 
 
 DRIVER = """

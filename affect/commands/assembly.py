@@ -44,6 +44,8 @@ def translated(error: BaseException, what: str) -> AffectError:
         if isinstance(inner, AffectError):
             return inner
         last, inner = inner, inner.__cause__
+    if isinstance(last, ModuleNotFoundError):
+        return ConfigError(f"{what}: {last}; install it, or for a package of yours add --config-dir <its conf folder>")
     lines = [line.strip() for line in str(last).splitlines() if line.strip()]
     return ConfigError(f"{what}: {' '.join(lines[:2]) or type(last).__name__}")
 
