@@ -339,7 +339,7 @@ def test_a_forgotten_config_dir_is_one_line():
     from omegaconf import OmegaConf
 
     node = OmegaConf.create({"read": {"_target_": "package_of_a_user.layout.read"}})
-    with pytest.raises(ConfigError, match="dataset pain: No module named 'package_of_a_user'; .* --config-dir"):
+    with pytest.raises(ConfigError, match=r"dataset pain: No module named 'package_of_a_user'; .* --config-dir"):
         assembly.make(node.read, "dataset pain")
 
 
