@@ -141,10 +141,9 @@ def answers(tasks: Mapping[str, Task], values: Mapping[str, Any], masks: Mapping
             if mask.any():
                 found[name] = task.outputs[int(row.argmax())]
             continue
-        flags = isinstance(task, AUOccurrence) or (hasattr(task, "prefix") and task.prefix == "attribute_")
         for output, value, known in zip(task.outputs, row.tolist(), mask.tolist(), strict=True):
             if known:
-                found[output] = value >= 0.5 if flags else round(value, 2)
+                found[output] = value >= 0.5 if task.flags else round(value, 2)
     return found
 
 

@@ -22,7 +22,7 @@ from affect.geometry import CropRecipe, FaceObservation, invert, transform_point
 from affect.models.base import AffectModule
 from affect.release import build_model, build_tasks, read_release
 from affect.report.figures import FaceNote, annotate_faces, save_image
-from affect.tasks import AUIntensity, AUOccurrence, Coefficients, Task, ValenceArousal
+from affect.tasks import Task, ValenceArousal
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 MOST_BARS = 8
@@ -161,11 +161,10 @@ def note(observation: FaceObservation, row: dict[str, Any], tasks: dict[str, Tas
     limit = 1.0
     expression = affect = None
     for task in tasks.values():
-        if isinstance(task, AUOccurrence | AUIntensity | Coefficients):
-            columns = list(task.decode(np.zeros((1, task.num_outputs), np.float32)))
-            bars |= {name: float(row[column]) for name, column in zip(task.outputs, columns, strict=True)}
-            limit = 5.0 if isinstance(task, AUIntensity) else limit
-        elif task.softmax:
+        shown, full = task.bars(row)
+        if shown:
+            bars, limit = bars | shown, max(limit, full)
+        if task.softmax:
             name = row["expression"]
             expression = (str(name), float(row[f"expression_{str(name).replace(' ', '_')}"]))
         elif isinstance(task, ValenceArousal):

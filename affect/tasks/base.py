@@ -73,9 +73,11 @@ class Task(ABC):
 
     Attributes:
         softmax: Whether the outputs are classes of one distribution (one loss term) and not K separate terms.
+        flags: Whether each value is the probability of a yes or no, which pictures show as present or absent.
     """
 
     softmax: ClassVar[bool] = False
+    flags: ClassVar[bool] = False
     metrics: list
 
     def __init__(
@@ -168,6 +170,10 @@ class Task(ABC):
     @abstractmethod
     def read_values(self, source: Columns, rows: np.ndarray | None = None) -> np.ndarray:
         """Return the values ``(N, K)`` that ``decode`` wrote."""
+
+    def bars(self, row: Mapping[str, float]) -> tuple[dict[str, float], float]:
+        """Return what pictures show of one decoded row: a number per name, and the number that fills a bar."""
+        return {}, 1.0
 
     # ----------------------------------------------------------------------------------------------- losses
 

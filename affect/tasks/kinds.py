@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ class _ScalarColumns(Task):
 
     low: ClassVar[float] = -np.inf
     high: ClassVar[float] = np.inf
+    full_bar: ClassVar[float | None] = None
 
     def _output_columns(self) -> tuple[str, ...]:
         """Return the column of each output."""
@@ -51,6 +52,12 @@ class _ScalarColumns(Task):
 
     def read_values(self, source: Columns, rows: np.ndarray | None = None) -> np.ndarray:
         return np.stack([source.numbers(name, rows)[0] for name in self._output_columns()], 1)
+
+    def bars(self, row: Mapping[str, float]) -> tuple[dict[str, float], float]:
+        if self.full_bar is None:
+            return {}, 1.0
+        named = zip(self.outputs, self._output_columns(), strict=True)
+        return {name: float(row[column]) for name, column in named}, self.full_bar
 
 
 class _ActionUnits(_ScalarColumns):
@@ -103,6 +110,8 @@ class AUOccurrence(_ActionUnits):
     Soft labels in [0, 1] (a teacher's probabilities) are allowed; metrics count a target of at least 0.5 as present.
     """
 
+    flags: ClassVar[bool] = True
+    full_bar: ClassVar[float | None] = 1.0
     suffix: ClassVar[str] = "occurrence"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
@@ -114,6 +123,7 @@ class AUOccurrence(_ActionUnits):
 class AUIntensity(_ActionUnits):
     """Intensity of action units on the FACS scale, 0 (absent) to 5 (maximum), represented by the number itself."""
 
+    full_bar: ClassVar[float | None] = 5.0
     suffix: ClassVar[str] = "intensity"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 5.0
@@ -342,6 +352,7 @@ class Attributes(_ScalarColumns):
         **common: Arguments of ``Task``.
     """
 
+    flags: ClassVar[bool] = True
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
     prefix: ClassVar[str] = "attribute_"
@@ -384,6 +395,8 @@ class Coefficients(_ScalarColumns):
         high: Largest value that a label may have. Predictions are clamped to [low, high].
         **common: Arguments of ``Task``.
     """
+
+    full_bar: ClassVar[float | None] = 1.0
 
     def __init__(
         self,

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +25,8 @@ class PainLevel(Task):
             0, 1, 2, 3, 4 to 5 and 6 to 16.
         **common: Arguments of ``affect.tasks.Task``.
     """
+
+    flags: ClassVar[bool] = True
 
     def __init__(self, thresholds: Sequence[int] = (1, 2, 3, 4, 6), **common) -> None:  # noqa: ANN003
         super().__init__(**common)
@@ -66,3 +69,6 @@ class PainLevel(Task):
 
     def read_values(self, source: Columns, rows: np.ndarray | None = None) -> np.ndarray:
         return np.stack([source.numbers(f"{COLUMN}_{name}", rows)[0] for name in self.outputs], 1)
+
+    def bars(self, row: Mapping[str, float]) -> tuple[dict[str, float], float]:
+        return {COLUMN: float(row[COLUMN])}, HIGHEST

@@ -12,11 +12,13 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from affect.commands import predict
+from affect.commands import figures, predict
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, DataError
-from affect.geometry import CropRecipe, FaceApiFinder
+from affect.geometry import CropRecipe, FaceApiFinder, FaceObservation
 from affect.release import build_model, build_tasks, read_release, write_release
+from affect.tasks import AUIntensity, Task
+from examples.my_extension.task import PainLevel
 from tests.models.test_base import make_module
 
 data = pytest.importorskip("skimage.data")
@@ -139,3 +141,15 @@ def test_a_checkpoint_that_is_none_is_an_error(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.safetensors in it"):
         predict.run(config(compose, tmp_path, photographs, tmp_path / "out"))
+
+
+def test_a_task_from_outside_is_drawn_as_it_says() -> None:
+    pain, intensity = PainLevel((1, 2)), AUIntensity([12])
+    tasks: dict[str, Task] = {"pain": pain, "au": intensity}
+    observation = FaceObservation(np.zeros((5, 2), np.float32), np.zeros(4, np.float32), 1.0, "5")
+    row = {"pain": 2.0, "pain_at_least_1": 0.9, "pain_at_least_2": 0.6, "au12_intensity": 3.0}
+    drawn = predict.note(observation, row, tasks)
+    assert drawn.bars == {"pain": 2.0, "AU12": 3.0}
+    assert drawn.bar_limit == 16
+    values = {"pain": torch.tensor([[0.9, 0.4]]), "au": torch.tensor([[3.0]])}
+    assert figures.answers(tasks, values, None, 0) == {"at_least_1": True, "at_least_2": False, "AU12": 3.0}
