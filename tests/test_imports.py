@@ -16,10 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "affect"
 
-EVERYWHERE = {"affect", "errors"}
+EVERYWHERE = {"affect", "errors", "files"}
 
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "labels": set(),
     "tasks": {"labels"},
     "geometry": {"labels"},

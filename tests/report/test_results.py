@@ -15,7 +15,8 @@ import pytest
 
 import affect
 from affect.errors import DataError
-from affect.report import environment, read_json, replacing, results, to_json, write_json
+from affect.files import replacing
+from affect.report import environment, read_json, results, to_json, write_json
 
 
 @dataclasses.dataclass
