@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from affect.report.figures import FaceNote, annotate_faces, save_image
 from affect.tasks import Task, ValenceArousal
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+ANNOTATED = "annotated"
+"""Folder of the annotated copies within ``out``; a search for images never enters it."""
 MOST_BARS = 8
+BOX_MARGIN = 0.1
+"""Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
 
 
 def run(config: DictConfig) -> None:
@@ -36,15 +41,17 @@ def run(config: DictConfig) -> None:
     """
     quiet()
     console = Console()
-    paths, root = input_images(Path(config.input).expanduser())
+    out = Path(config.out).expanduser()
+    paths, root = input_images(Path(config.input).expanduser(), out)
     release = read_release(Path(config.checkpoint).expanduser(), list(config.trust))
     tasks = build_tasks(release)
     module = build_model(release, tasks)
     finder = assembly.make(config.finder, "finder")
     recipe = prediction_recipe(release.preprocess)
+    if was_delivered(release.preprocess):
+        console.print(f"trained on delivered crops: each face's box with a margin of {BOX_MARGIN:.0%} is cropped")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device)
-    out = Path(config.out).expanduser()
 
     columns: dict[str, list[Any]] = {}
     skipped: dict[str, int] = {}
@@ -69,7 +76,7 @@ def run(config: DictConfig) -> None:
         if config.annotate:
             notes = [note(observation, row, tasks) for observation, row in zip(found, values, strict=True)]
             copy = name if name.endswith(".png") else f"{name}.png"
-            save_image(annotate_faces(image, notes, top=MOST_BARS), out / "annotated" / copy)
+            save_image(annotate_faces(image, notes, top=MOST_BARS), out / ANNOTATED / copy)
     for reason, count in skipped.items():
         console.print(f"{reason}: {count} of {len(paths)} images")
     if sum(skipped.values()) == len(paths):
@@ -78,18 +85,36 @@ def run(config: DictConfig) -> None:
     table.to_csv(out / "predictions.csv")
     table.to_parquet(out / "predictions.parquet")
     faces = sum(1 for value in columns["success"] if value)
-    console.print(f"{faces} face(s) in {len(paths)} image(s): [bold]{out / 'predictions.csv'}[/bold]")
+    console.print(f"{faces} face(s) in {len(paths)} image(s): [bold]{out / 'predictions.csv'}[/bold]", soft_wrap=True)
     if config.annotate:
-        console.print(f"annotated copies: [bold]{out / 'annotated'}[/bold]")
+        console.print(f"annotated copies: [bold]{out / ANNOTATED}[/bold]", soft_wrap=True)
+    command = training_command(out / "predictions.parquet", recipe, tasks)
+    console.print(f"train on it: {command}", markup=False, soft_wrap=True)
 
 
-def input_images(path: Path) -> tuple[list[Path], Path]:
-    """Return the image files at ``path`` (a file, or a folder searched to any depth) and the folder they are under."""
+def training_command(table: Path, recipe: CropRecipe, tasks: dict[str, Task]) -> str:
+    """Return the command that trains on a predictions table, with the crop and the tasks of its model."""
+    names = ",".join(tasks)
+    return f"affect train dataset=table dataset.table={shlex.quote(str(table))} prepare={recipe.kind} task=[{names}]"
+
+
+def input_images(path: Path, out: Path) -> tuple[list[Path], Path]:
+    """Return the image files at ``path`` and the folder they are under.
+
+    Args:
+        path: An image, or a folder, searched to any depth.
+        out: Folder that predictions are written to; the annotated copies of an earlier run in it are left out.
+
+    Raises:
+        DataError: If there is nothing at ``path``, or no image in it.
+    """
     if path.is_file():
         return [path], path.parent
     if not path.is_dir():
         raise DataError(f"input={path}: no such file or folder")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    copies = (out / ANNOTATED).resolve()
+    files = sorted(file for file in found if not file.resolve().is_relative_to(copies))
     if not files:
         raise DataError(f"input={path}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
     return files, path
@@ -97,11 +122,16 @@ def input_images(path: Path) -> tuple[list[Path], Path]:
 
 def prediction_recipe(preprocess: dict[str, Any]) -> CropRecipe:
     """Return the recipe of a release; a model trained on delivered crops gets the box of the face with a margin."""
-    described = preprocess.get("recipe")
     size = int(preprocess["image_size"])
-    if described is None or described["kind"] == "none":
-        return CropRecipe(name="box", kind="box", size=size, margin=0.1)
-    return CropRecipe.read({**described, "size": size})
+    if was_delivered(preprocess):
+        return CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
+    return CropRecipe.read({**preprocess["recipe"], "size": size})
+
+
+def was_delivered(preprocess: dict[str, Any]) -> bool:
+    """Return whether a model was trained on images that were crops already."""
+    described = preprocess.get("recipe")
+    return described is None or described["kind"] == "none"
 
 
 def predict_faces(

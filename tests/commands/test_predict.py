@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from affect.commands import figures, predict
+from affect.commands.configuration import quote_paths
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, DataError
 from affect.geometry import CropRecipe, FaceApiFinder, FaceObservation
@@ -82,12 +86,41 @@ def test_a_folder_gives_one_row_per_face_and_counts_the_rest(
     assert ((values >= 0) & (values <= 1)).all()
     points, _ = table.numbers("landmarks_5")
     assert points[success == 1].shape == (2, 10)
+    for name in table.names - {"image", "success"}:
+        assert table.column(name).is_null().to_pylist() == [not flag for flag in success], name
     printed = capsys.readouterr().out
     assert "no face found: 1 of 4" in printed
     assert "unreadable image: 1 of 4" in printed
     assert cv2.imread(str(tmp_path / "annotated" / "astronaut.png")) is not None
     assert (tmp_path / "annotated" / "more" / "mirrored.jpg.png").is_file()
     assert not (tmp_path / "annotated" / "coffee.png").exists()
+    assert "delivered crops" not in printed
+    command = f"affect train dataset=table dataset.table={tmp_path / 'predictions.parquet'} prepare=similarity task=["
+    assert command in printed
+
+
+def test_a_search_leaves_out_the_copies_of_an_earlier_run(photographs: Path, tmp_path: Path) -> None:
+    for name in ("own.png", "predictions/annotated/own.png", "annotated/kept.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((photographs / "coffee.png").read_bytes())
+    files, _ = predict.input_images(tmp_path, tmp_path / "predictions")
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["annotated/kept.png", "own.png"]
+    with pytest.raises(DataError, match="no image in it"):
+        predict.input_images(tmp_path / "predictions", tmp_path / "predictions")
+
+
+def test_the_table_is_read_back_by_the_printed_command(
+    compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "my out"
+    predict.run(config(compose, release, photographs / "astronaut.png", out))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train on it: ")]
+    program, command, *overrides = shlex.split(line.removeprefix("train on it: "))
+    assert (program, command) == ("affect", "train")
+    settings = compose(command, *(quote_paths(overrides)))
+    assert set(settings.task) == {"au", "valence_arousal", "landmarks"}
+    table = instantiate(settings.dataset.read)
+    assert table.image_paths() == [photographs / "astronaut.png"]
 
 
 def test_the_face_is_cropped_as_in_training(release: Path, photographs: Path) -> None:
@@ -116,6 +149,23 @@ def test_a_model_of_delivered_crops_gets_the_box_of_the_face() -> None:
     for described in (None, none.describe()):
         recipe = predict.prediction_recipe({"recipe": described, "image_size": 32})
         assert (recipe.kind, recipe.size) == ("box", 32)
+
+
+def test_a_model_of_delivered_crops_says_what_is_cropped_instead(
+    compose: Callable[..., DictConfig],
+    release: Path,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = read_release(release)
+    delivered = dataclasses.replace(loaded, preprocess={"recipe": None, "image_size": 32})
+    monkeypatch.setattr(predict, "read_release", lambda *_: delivered)
+    predict.run(config(compose, release, photographs / "astronaut.png", tmp_path))
+    printed = capsys.readouterr().out
+    assert "trained on delivered crops: each face's box with a margin of 10% is cropped" in printed
+    assert "prepare=box" in printed
 
 
 @pytest.mark.parametrize(
