@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from affect.commands.inference import encode_truth
 from affect.data.datamodule import FaceDataModule
 from affect.data.table import FaceTable
 from affect.metrics import confusion_matrix
@@ -64,7 +65,7 @@ def write_prediction_figures(
     for name, task in tasks.items():
         if not task.columns(truth.names):
             continue
-        values, encoded = task.read_values(table), task.encode(truth)
+        values, encoded = task.read_values(table), encode_truth(table, task)
         own = [record for record in records if record["task"] == name]
         if task.softmax:
             matrix = confusion_matrix(

@@ -12,14 +12,21 @@ from tqdm import tqdm
 
 from affect.data.datamodule import FaceDataModule
 from affect.data.images import Source
+from affect.data.protocol import group_codes
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, near
 from affect.geometry import invert, transform_points
 from affect.metrics import evaluate
 from affect.models.base import AffectModule
-from affect.tasks import Task
+from affect.tasks import Encoded, Task
+from affect.tasks.base import require_own_columns
 
 CARRIED = ("subject", "sequence", "frame", "image")
+BY_PREFIX = "by_"
+"""Prefix of the columns that subgroups are made of, so that none of them takes the place of a prediction."""
+
+CLASSES_BY_SOURCE = "expressions_by_source"
+"""Key of the metadata that says which classes each source can label."""
 
 
 def predict_values(
@@ -59,44 +66,93 @@ def predictions_table(
 ) -> FaceTable:
     """Return a face table of predicted columns, with true labels under ``target_``, group and origin of each row.
 
-    ``group`` replaces the sources' own group, as ``protocol.group`` does.
+    Groups are those of the split: a row whose group is not known is one of its own, and with several sources a group
+    carries its source's name. Columns of ``group_by`` are stored under ``by_``. The metadata has the classes that each
+    source can label and the folder that its image paths are relative to.
+
+    Args:
+        sources: Sources that the rows come from.
+        tasks: Tasks by name.
+        values: Predicted values by task.
+        source_index: Index of the source of each row ``(N,)``.
+        rows: Row in its source ``(N,)``.
+        group: Replaces the sources' own group, as ``protocol.group`` does.
+        group_by: Columns to make subgroups of.
+
+    Raises:
+        ConfigError: If a column of ``group_by`` does not exist, or two things would be written to one column.
     """
+    require_own_columns(tasks)
     columns: dict[str, Any] = {}
     for name, task in tasks.items():
         columns.update(task.decode(values[name]))
-    first = sources[int(source_index[0])] if len(source_index) else sources[0]
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    position = []
+    merged: dict[str, np.ndarray] = {}
     for index, source in enumerate(sources):
         where = np.flatnonzero(source_index == index)
-        if not len(where):
-            continue
-        position.append(where)
-        picked = rows[where]
-        wanted = [c for c in CARRIED if c in source.table.names]
-        labels = sorted({c for task in tasks.values() for c in task.columns(source.table.names)})
-        for column in group_by:
-            if column not in source.table.names:
-                raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, source.table.names)}")
-        taken = source.table.take(picked)
-        for column in {*wanted, *group_by}:
-            parts.setdefault(column, []).append((where, np.array(taken.arrow[column].to_pylist(), dtype=object)))
-        for column in labels:
-            stored = np.empty(len(where), dtype=object)
-            stored[:] = taken.arrow[column].to_pylist()
-            parts.setdefault(TARGET_PREFIX + column, []).append((where, stored))
-        groups, _ = source.table.strings(group or source.group, picked)
-        parts.setdefault("group", []).append((where, groups))
-        parts.setdefault("source", []).append((where, np.full(len(where), source.name, dtype=object)))
-    for column, pieces in parts.items():
-        merged = np.full(len(rows), None, dtype=object)
-        for where, piece in pieces:
-            merged[where] = piece
-        columns[column] = merged.tolist()
+        if len(where):
+            for column, cells in _row_columns(source, tasks, rows[where], group, group_by, len(sources) > 1).items():
+                merged.setdefault(column, np.full(len(rows), None, dtype=object))[where] = cells
+    for column in sorted({*merged, "row"} & columns.keys()):
+        raise ConfigError(f"a task predicts column {column}, which a predictions table keeps for itself; rename it")
+    columns.update({column: cells.tolist() for column, cells in merged.items()})
     columns["row"] = rows
+    first = sources[int(source_index[0])] if len(source_index) else sources[0]
     expressions = next((list(t.outputs) for t in tasks.values() if t.softmax), list(first.table.expressions))
-    metadata = {"dataset": first.name, "expressions": expressions, "label_source": "predictions of a model"}
+    metadata = {
+        "dataset": first.name,
+        "expressions": expressions,
+        CLASSES_BY_SOURCE: {source.name: list(source.table.expressions) for source in sources},
+        "roots": {source.name: str(source.table.root.absolute()) for source in sources},
+        "label_source": "predictions of a model",
+    }
     return FaceTable.from_columns(columns, first.table.root, metadata)
+
+
+def _row_columns(
+    source: Source,
+    tasks: Mapping[str, Task],
+    rows: np.ndarray,
+    group: str | None,
+    group_by: Sequence[str],
+    several: bool,
+) -> dict[str, np.ndarray]:
+    """Return what a predictions table says of ``rows`` of a source beside the predictions, object ``(N,)`` each."""
+    table = source.table
+    for column in group_by:
+        if column not in table.names:
+            raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, table.names)}")
+    stored = {name: name for name in CARRIED if name in table.names}
+    stored |= {BY_PREFIX + name: name for name in group_by}
+    stored |= {TARGET_PREFIX + name: name for task in tasks.values() for name in task.columns(table.names)}
+    taken = table.take(rows)
+    found: dict[str, np.ndarray] = {}
+    for column, name in stored.items():
+        found[column] = np.empty(len(rows), dtype=object)
+        found[column][:] = taken.arrow[name].to_pylist()
+    codes, names = group_codes(table, group or source.group)
+    groups = names[codes[rows]]
+    found["group"] = np.array([f"{source.name}/{name}" for name in groups] if several else groups, dtype=object)
+    found["source"] = np.full(len(rows), source.name, dtype=object)
+    return found
+
+
+def encode_truth(table: FaceTable, task: Task) -> Encoded:
+    """Return targets and masks of a predictions table's true labels, as training saw them.
+
+    A class that a row's source can never label takes no part in it, whatever the other sources can label.
+    """
+    truth = table.truth()
+    by_source = table.metadata.get(CLASSES_BY_SOURCE)
+    if not isinstance(by_source, Mapping) or "source" not in table.names:
+        return task.encode(truth)
+    encoded = task.encode(truth)
+    target, mask = encoded.target.copy(), encoded.mask.copy()
+    names = table.strings("source")[0]
+    for name, classes in by_source.items():
+        rows = np.flatnonzero(names == name)
+        if len(rows) and classes:
+            target[rows], mask[rows] = task.encode(truth.with_metadata(expressions=classes), rows)
+    return Encoded(target, mask)
 
 
 def table_metrics(
@@ -119,8 +175,8 @@ def table_metrics(
         if not task.metrics or not task.columns(truth.names):
             continue
         values = task.read_values(table)
-        encoded = task.encode(truth)
-        subgroups = {column: table.strings(column)[0] for column in group_by}
+        encoded = encode_truth(table, task)
+        subgroups = {column: table.strings(BY_PREFIX + column)[0] for column in group_by}
         found = evaluate(
             task.metrics,
             torch.from_numpy(np.asarray(values)),

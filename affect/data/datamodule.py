@@ -20,7 +20,7 @@ from affect.data.protocol import PARTS, TEST, TRAIN, VALIDATION, Protocol, assig
 from affect.data.sampling import EpochSampler, OrderedSampler, Pool, Sampling, class_pools, weighted_pool
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError, DataError, near
-from affect.tasks.base import Task
+from affect.tasks.base import Task, require_own_columns
 
 _log = logging.getLogger(__name__)
 
@@ -293,6 +293,7 @@ class FaceDataModule(pl.LightningDataModule):
         tables = [source.table for source in self.sources]
         for task in self.tasks.values():
             task.bind(tables)
+        require_own_columns(self.tasks)
         for source in self.sources:
             for name, task in self.tasks.items():
                 try:

@@ -217,6 +217,16 @@ def require_range(source: Columns, column: str, low: float, high: float, integer
         )
 
 
+def require_own_columns(tasks: Mapping[str, Task]) -> None:
+    """Raise ``ConfigError`` if two tasks predict one column of a table, where one would replace the other."""
+    owner: dict[str, str] = {}
+    for name, task in tasks.items():
+        for column in task.decode(np.zeros((1, task.num_outputs), np.float32)):
+            if column in owner:
+                raise ConfigError(f"tasks {owner[column]} and {name} both predict column {column}; remove one of them")
+            owner[column] = name
+
+
 def require_known(names: Sequence[str] | Sequence[int], known: Mapping | Sequence, what: str) -> None:
     """Raise ``ConfigError`` if a name is not among ``known``."""
     from affect.errors import near
