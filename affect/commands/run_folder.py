@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
+from yaml import YAMLError
 
 from affect.commands.configuration import sweep_job
 from affect.errors import ConfigError
@@ -27,6 +29,12 @@ WITHOUT_EFFECT = (
     *("callbacks.progress", "callbacks.last", "data.num_workers", "dataset.cache"),
 )
 """Keys that cannot change what a training run computes."""
+
+WRITTEN = frozenset(
+    (RESULTS, CONFIG, "last.ckpt", "best.safetensors", "compare.json")
+    + ("predictions", "release", "figures", "csv", "tensorboard", "compare")
+)
+"""Names that a run writes in its folder; nothing else there is ever removed."""
 
 
 def result_hash(config: DictConfig) -> str:
@@ -65,6 +73,11 @@ def resolve_output(config: DictConfig) -> Path:
     return output
 
 
+def is_first_process() -> bool:
+    """Return whether this process is alone or the first of a distributed run: the one that writes and prints."""
+    return getattr(rank_zero_only, "rank", None) in (None, 0)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process ends in whatever way.
@@ -74,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: If another process holds it.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if not is_first_process():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +101,36 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in ``folder``; files that no run writes stay.
+
+    Raises:
+        ConfigError: If the folder holds files but no run.
+    """
+    found = [path for path in folder.iterdir() if path.name != LOCK and not _is_part(path)]
+    if found and not _holds_run(folder):
+        raise ConfigError(
+            f"force=true: {folder} holds files but no run of affect ({found[0].name}, …), and nothing is removed; "
+            "choose another paths.output"
+        )
+    for path in folder.iterdir():
+        if path.name in WRITTEN or _is_part(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_part(path: Path) -> bool:
+    """Return whether a file is what a killed process left of one that it was writing."""
+    return path.name.startswith(".") and ".part" in path.name and path.is_file()
+
+
+def _holds_run(folder: Path) -> bool:
+    try:
+        held = OmegaConf.load(folder / CONFIG)
+    except (OSError, YAMLError):
+        return False
+    return isinstance(held, DictConfig) and {"task", "model", "trainer", "seed"} <= set(held)
 
 
 def same_run(folder: Path, config: DictConfig) -> None:

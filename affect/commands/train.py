@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 
 from affect.callbacks import BEST, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, figures, inference
-from affect.commands.run_folder import RESULTS, locked, resolve_output, result_hash, same_run
+from affect.commands.run_folder import RESULTS, clear, is_first_process, locked, resolve_output, result_hash, same_run
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
 from affect.errors import ConfigError
@@ -47,9 +46,7 @@ def train(config: DictConfig, output: Path) -> float | None:
     console = Console()
     check_keys(config)
     with locked(output):
-        if config.force:
-            clear(output)
-        if (output / RESULTS).is_file():
+        if (output / RESULTS).is_file() and not config.force:
             same_run(output, config)
             results = read_json(output / RESULTS)
             console.print(f"finished before: {output} (force=true trains again)")
@@ -62,13 +59,6 @@ def check_keys(config: DictConfig) -> None:
     """Refuse values that would only fail after the training."""
     if config.selection not in SELECTIONS:
         raise ConfigError(f"selection={config.selection}: write one of {', '.join(SELECTIONS)}")
-
-
-def clear(output: Path) -> None:
-    """Remove what an earlier run left in ``output``, the lock excepted."""
-    for path in output.iterdir():
-        if path.name != "run.lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _train(config: DictConfig, output: Path, console: Console) -> float | None:
@@ -85,15 +75,18 @@ def _train(config: DictConfig, output: Path, console: Console) -> float | None:
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
     taken = apply_starting_point(module, config.init, list(config.trust), console) if config.init else None
-    same_run(output, config)
-    print_summary(console, summary, output)
-
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history])
+    if is_first_process():
+        if config.force:
+            clear(output)
+        same_run(output, config)
+    print_summary(console, summary, output)
     last = output / LAST
-    if last.is_file():
+    resumed = str(last) if last.is_file() and not config.force else None
+    if resumed:
         console.print(f"continuing from {last}")
-    trainer.fit(module, datamodule=datamodule, ckpt_path=str(last) if last.is_file() else None)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resumed)
     if not trainer.is_global_zero:
         return None
 

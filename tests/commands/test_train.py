@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from affect.commands import evaluate, train
 from affect.commands.inference import table_metrics
-from affect.commands.run_folder import locked, resolve_output, result_hash
+from affect.commands.run_folder import clear, locked, resolve_output, result_hash
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, ConfigError, DataError
 from affect.release import build_model, build_tasks, read_release
@@ -126,6 +127,28 @@ def test_force_trains_again_with_the_same_result(finished: Path, tiny_run: Calla
     assert after["timing"]["finished"] > before["timing"]["finished"]
 
 
+def test_force_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    kept = ("notes.txt", "run.lock")
+    (tmp_path / "figures").mkdir()
+    for name in (*kept, "last.ckpt", "figures/f1.png", ".last.0123456789ab.part.ckpt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match="holds files but no run of affect"):
+        clear(tmp_path)
+    assert (tmp_path / "last.ckpt").exists()
+    (tmp_path / "config.yaml").write_text("task: {}\nmodel: {}\ntrainer: {}\nseed: 1\n")
+    clear(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_force_removes_nothing_when_the_config_cannot_run(
+    finished: Path, tmp_path: Path, tiny_run: Callable[..., DictConfig]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ConfigError, match="encoder"):
+        train.run(tiny_run("force=true", "encoder.name=resnet5"))
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
 def test_evaluate_gives_the_same_numbers_again(finished: Path, compose: Callable[..., DictConfig]) -> None:
     config = compose("evaluate", f"checkpoint={finished}", "data.num_workers=0", "bootstrap.resamples=20")
     evaluate.run(config)
@@ -164,8 +187,6 @@ def test_predictions_are_a_table_that_can_be_trained_on(finished: Path) -> None:
 
 
 def test_a_release_builds_without_its_run(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished / "release", tmp_path / "release")
     release = read_release(tmp_path / "release")
     module = build_model(release, build_tasks(release))
