@@ -119,8 +119,11 @@ class TimmEncoder(nn.Module):
             self._load_file(Path(weights))
         self.mean = tuple(float(x) for x in (mean or default_mean))
         self.std = tuple(float(x) for x in (std or default_std))
-        self.register_buffer("_mean", torch.tensor(self.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(3, 1, 1) * 255, persistent=False)
+        # One pass over the pixels: x * scale + shift is (x / 255 - mean) / std.
+        scale = 1 / (torch.tensor(self.std, dtype=torch.float64) * 255)
+        shift = -torch.tensor(self.mean, dtype=torch.float64) * 255 * scale
+        self.register_buffer("_scale", scale.float().view(3, 1, 1), persistent=False)
+        self.register_buffer("_shift", shift.float().view(3, 1, 1), persistent=False)
         self._freeze()
 
     # ---------------------------------------------------------------------------------------------- forward
@@ -129,7 +132,7 @@ class TimmEncoder(nn.Module):
         """Return normalised floats of RGB uint8 ``(B, 3, H, W)`` on the image's device."""
         if image.dtype != torch.uint8:
             raise TypeError(f"the encoder takes RGB uint8 images, got {image.dtype}")
-        return (image.to(self._mean.dtype) - self._mean) / self._std
+        return torch.addcmul(self._shift, image.to(self._scale.dtype), self._scale)
 
     def features(self, image: Tensor) -> Tensor:
         """Return what timm's ``forward_features`` gives for RGB uint8 ``(B, 3, H, W)``."""

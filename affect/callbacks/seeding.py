@@ -34,4 +34,8 @@ class SeedEachStep(pl.Callback):
     ) -> None:
         """Seed by (seed, epoch, batch), which also counts batches that share an optimiser step."""
         step = trainer.current_epoch * 2**32 + batch_idx
-        torch.manual_seed(step_seed(self.seed, step, trainer.global_rank))
+        seed = step_seed(self.seed, step, trainer.global_rank)
+        # Not torch.manual_seed: without a device it queues a call with a stack trace for each kind of device, each time.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
