@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from affect.data.datamodule import FaceDataModule
+from affect.data.dataset import turned
 from affect.data.images import Source
 from affect.data.protocol import group_codes
 from affect.data.table import TARGET_PREFIX, FaceTable
@@ -34,7 +35,7 @@ def predict_values(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Return values by task, source index and row of each sample, in loader order, with a progress bar.
 
-    Landmarks are in pixels of the stored image, after undoing crop and resize.
+    Landmarks are in pixels of the stored image, and the roll of a head is that in it, after undoing the crop.
     """
     module.eval().to(device)
     values: dict[str, list[np.ndarray]] = {name: [] for name in module.tasks}
@@ -42,13 +43,16 @@ def predict_values(
     with torch.inference_mode():
         for batch in tqdm(loader, desc=title, leave=False, unit="batch"):
             predicted = module.predict_step(batch.to(device))
-            inverse = invert(batch.matrix.numpy().astype(np.float64))
+            matrices = batch.matrix.numpy().astype(np.float64)
+            inverse, degrees, flipped = invert(matrices), turned(matrices), batch.flipped.numpy()
             height, width = batch.image.shape[-2:]
             for name, value in predicted.items():
                 array = value.cpu().numpy()
                 if module.tasks[name].landmark_scheme is not None:
                     pixels = array.astype(np.float64) * [width, height] - 0.5
                     array = transform_points(inverse, pixels).astype(np.float32)
+                else:
+                    array = module.tasks[name].unturn(array, degrees, flipped)
                 values[name].append(array)
             sources.append(batch.source.numpy())
             rows.append(batch.row.numpy())

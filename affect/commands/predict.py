@@ -16,6 +16,7 @@ from tqdm import tqdm
 from affect.commands import assembly
 from affect.commands.train import quiet
 from affect.data.batch import FaceBatch
+from affect.data.dataset import turned
 from affect.data.images import read_image
 from affect.data.table import FaceTable
 from affect.errors import DataError
@@ -160,6 +161,8 @@ def predict_faces(
         if task.landmark_scheme is not None:
             pixels = values.astype(np.float64) * recipe.size - 0.5
             values = transform_points(invert(matrices), pixels).astype(np.float32)
+        else:
+            values = task.unturn(values, turned(matrices), np.zeros(len(values), bool))
         for column, cells in task.decode(values).items():
             for row, cell in zip(rows, cells, strict=True):
                 row[column] = cell

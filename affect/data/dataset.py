@@ -127,17 +127,15 @@ def render(picture: Picture, matrix: np.ndarray, recipe: CropRecipe, factor: int
         out[...] = crop
 
 
-def turned(matrices: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """Return by how many degrees augmentation turned each crop clockwise before it mirrored it, ``(N,)``.
+def turned(matrices: np.ndarray) -> np.ndarray:
+    """Return by how many degrees crops are turned clockwise against the stored images, before mirroring, ``(N,)``.
 
     Args:
-        matrices: From pixels of stored images to pixels of augmented crops, ``(N, 2, 3)``.
-        plain: The same without augmentation, ``(N, 2, 3)``.
+        matrices: From pixels of stored images to pixels of crops, ``(N, 2, 3)``.
     """
-    linear = matrices[:, :, :2] @ np.linalg.inv(plain[:, :, :2])
     # Any motion that mirrors is a turn followed by a flip of the x axis.
-    sign = np.where(mirrors(linear), -1.0, 1.0)
-    return np.rad2deg(np.arctan2(linear[:, 1, 0], sign * linear[:, 0, 0]))
+    sign = np.where(mirrors(matrices), -1.0, 1.0)
+    return np.rad2deg(np.arctan2(matrices[:, 1, 0], sign * matrices[:, 0, 0]))
 
 
 class _Labels(NamedTuple):
@@ -230,26 +228,25 @@ class FaceDataset(Dataset):
         size = self.transform.size
         images = np.empty((len(row), size, size, 3), np.uint8)
         matrices = np.empty((len(row), 2, 3))
-        plain = np.empty((len(row), 2, 3))
         for k, where in parts:
             pictures = open_pictures(self.sources[k].images, row[where])
             recipe = self.sources[k].recipe or whole_image(size)
-            plain[where] = crop_matrices(self.sources[k], row[where], pictures, size)
-            matrices[where] = plain[where] if motion is None else compose(motion[where], plain[where])
+            plain = crop_matrices(self.sources[k], row[where], pictures, size)
+            matrices[where] = plain if motion is None else compose(motion[where], plain)
             factors = np.maximum(1 / np.maximum(scale_of(matrices[where]), 1e-6), 1).astype(np.int64).tolist()
             for picture, place, factor in zip(pictures, where.tolist(), factors, strict=True):
                 render(picture, matrices[place], recipe, factor, images[place])
         stacked = {name: transform_points(matrices, part.target) for name, part in labelled.points.items()}
         if self.transform.augment:
             self._retouch(images, keys, matrices, flipped, stacked)
-        self._turn(labelled.targets, matrices, plain)
+        self._turn(labelled.targets, matrices)
         return self._assemble(images, matrices, flipped, labelled, stacked, source, row)
 
-    def _turn(self, targets: dict[str, Encoded], matrices: np.ndarray, plain: np.ndarray) -> None:
-        """Let tasks whose labels turn with the image (``Task.turn``: the roll of the head) follow the augmentation."""
+    def _turn(self, targets: dict[str, Encoded], matrices: np.ndarray) -> None:
+        """Let tasks whose labels turn with the image (``Task.turn``: the roll of the head) follow crop and motion."""
         turns = {name: turn for name in targets if (turn := getattr(self.tasks[name], "turn", None)) is not None}
-        if turns and (self.transform.moves or not self.transform.still):
-            degrees = turned(matrices, plain)
+        if turns:
+            degrees = turned(matrices)
             targets.update({name: turn(targets[name], degrees) for name, turn in turns.items()})
 
     def _labels(self, index: int, rows: np.ndarray) -> _Labels:

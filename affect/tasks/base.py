@@ -153,6 +153,21 @@ class Task(ABC):
         """Return the targets of images turned clockwise by ``degrees`` ``(N,)``, before they are mirrored."""
         return encoded
 
+    def unturn(self, values: np.ndarray, degrees: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        """Return values ``(N, K)`` of turned and then mirrored images as they are for the stored images.
+
+        The inverse of ``turn`` followed by ``flip``. A value whose mirrored partner is not predicted stays.
+
+        Args:
+            values: Values in the frame of what the model saw.
+            degrees: By how much each image was turned clockwise ``(N,)``.
+            flipped: Whether it was mirrored after that ``(N,)``.
+        """
+        mask = np.ones(values.shape[:2], bool)
+        mirrored = self.flip(Encoded(values, mask))
+        upright = np.where(flipped[:, None] & mirrored.mask, mirrored.target, values)
+        return self.turn(Encoded(upright, mask), -degrees).target
+
     # -------------------------------------------------------------------------------- representation, values
 
     def link(self, raw: Tensor) -> Tensor:

@@ -319,7 +319,10 @@ def to_pixels(fractions: Tensor, height: int, width: int) -> Tensor:
 
 
 class HeadPose(_ScalarColumns):
-    """Pitch, yaw and roll in degrees. The representation is the angle; heads start near zero and scale by 30°."""
+    """Pitch, yaw and roll in degrees. The representation is the angle; heads start near zero and scale by 30°.
+
+    A model predicts the roll of the face in the crop that it sees; a table holds that in the stored image.
+    """
 
     low: ClassVar[float] = -180.0
     high: ClassVar[float] = 180.0
@@ -339,9 +342,11 @@ class HeadPose(_ScalarColumns):
         return Encoded(encoded.target * np.array([1, -1, -1], np.float32), encoded.mask)
 
     def turn(self, encoded: Encoded, degrees: np.ndarray) -> Encoded:
-        roll = np.zeros_like(encoded.target)
-        roll[:, 2] = np.where(encoded.mask[:, 2], degrees, 0)
-        return Encoded(encoded.target + roll, encoded.mask)
+        target = encoded.target.copy()
+        roll = target[:, 2] + degrees
+        roll = roll - 360 * np.round(roll / 360)
+        target[:, 2] = np.where(encoded.mask[:, 2], roll, 0)
+        return Encoded(target, encoded.mask)
 
 
 class Attributes(_ScalarColumns):
@@ -430,15 +435,21 @@ class Coefficients(_ScalarColumns):
         return self.outputs
 
     def flip(self, encoded: Encoded) -> Encoded:
-        """Exchange outputs whose names differ by Left and Right alone, e.g. ``bs_jawLeft`` and ``bs_jawRight``."""
+        """Exchange outputs whose names differ by Left and Right alone, e.g. ``bs_jawLeft`` and ``bs_jawRight``.
+
+        An output of one side whose partner is not among the outputs has no label in the mirrored image.
+        """
         index = {name: k for k, name in enumerate(self.outputs)}
         partner = {"Left": "Right", "Right": "Left"}
         order = list(range(len(self.outputs)))
+        known = np.ones(len(self.outputs), bool)
         for name, k in index.items():
             for side, other in partner.items():
                 if name.endswith(side):
                     order[k] = index.get(name.removesuffix(side) + other, k)
-        return Encoded(encoded.target[:, order], encoded.mask[:, order])
+                    known[k] = order[k] != k
+        mask = encoded.mask[:, order] & known
+        return Encoded(np.where(mask, encoded.target[:, order], 0), mask)
 
     def predict(self, output: Tensor) -> Tensor:
         return torch.clamp(output, self.low, self.high)

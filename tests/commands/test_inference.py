@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from affect.commands.inference import encode_truth, predictions_table, table_metrics
+from affect.commands.inference import encode_truth, predict_values, predictions_table, table_metrics
+from affect.data.batch import FaceBatch
+from affect.data.dataset import FaceDataset
 from affect.data.images import Source
 from affect.data.table import FaceTable
+from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError
 from affect.metrics import Classification
-from affect.tasks import AUOccurrence, Coefficients, Expression
+from affect.tasks import AUOccurrence, Coefficients, Expression, HeadPose
 from tests.data import samples
+from tests.data.test_dataset import rolled
 
 CLASSES = ("neutral", "happiness", "contempt")
 
@@ -87,3 +92,24 @@ def test_groups_are_those_of_the_split() -> None:
     assert alone.strings("group")[0].tolist() == ["x", "1.png", "2.png"]
     both = predictions_table([one, two], tasks, {"expression": VALUES}, np.array([0, 1, 1]), np.array([0, 0, 2]))
     assert both.strings("group")[0].tolist() == ["one/x", "two/x", "two/2.png"]
+
+
+class _TrueModule(torch.nn.Module):
+    """A stand-in for a model that is always right about what it sees."""
+
+    def __init__(self, tasks: dict) -> None:
+        super().__init__()
+        self.tasks = tasks
+
+    def predict_step(self, batch: FaceBatch) -> dict[str, torch.Tensor]:
+        return batch.targets
+
+
+def test_predicted_roll_is_that_of_the_stored_image() -> None:
+    faces = rolled(35.0)
+    task = HeadPose()
+    task.bind([faces.table])
+    data = FaceDataset([faces], [np.arange(4)], {"pose": task}, FaceTransform(32))
+    found, _, _ = predict_values(_TrueModule(data.tasks), [data.batch(0, np.arange(4))], torch.device("cpu"), "test")
+    np.testing.assert_allclose(found["pose"][:, 2], 35.0, atol=1e-3)
+    assert np.abs(data.batch(0, np.arange(4)).targets["pose"][:, 2]).max() < 3

@@ -157,6 +157,14 @@ def test_flipping_pose_turns_yaw_and_roll() -> None:
     assert tasks.HeadPose().flip(encoded).target.tolist() == [[1, -2, -3]]
 
 
+def test_one_side_without_its_partner_has_no_label_in_the_mirror() -> None:
+    task = tasks.Coefficients(names=["bs_jawLeft", "bs_smileLeft", "bs_smileRight", "bs_pucker"])
+    encoded = tasks.Encoded(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32), np.ones((1, 4), bool))
+    flipped = task.flip(encoded)
+    assert flipped.mask.tolist() == [[False, True, True, True]]
+    np.testing.assert_allclose(flipped.target, [[0, 0.3, 0.2, 0.4]], atol=1e-7)
+
+
 def test_representations_become_values() -> None:
     raw = torch.tensor([[-2.0, 0.0]])
     assert torch.allclose(tasks.AUOccurrence(aus=[1, 2]).predict(raw), raw.sigmoid())
