@@ -35,7 +35,7 @@ class SeedEachStep(pl.Callback):
         """Seed by (seed, epoch, batch), which also counts batches that share an optimiser step."""
         step = trainer.current_epoch * 2**32 + batch_idx
         seed = step_seed(self.seed, step, trainer.global_rank)
-        # Not torch.manual_seed: without a device it queues a call with a stack trace for each kind of device, each time.
+        # Not torch.manual_seed: for each kind of device that is absent it queues a call with a stack trace, every time.
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(seed)
