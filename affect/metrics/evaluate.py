@@ -23,6 +23,9 @@ Record = dict[str, str | float | int | bool | None]
 MOST_SUBGROUPS = 100
 """Values that a column may have to be a sensible division into subgroups."""
 
+FEWEST_GROUPS = 5
+"""Groups that an interval needs: resamples of fewer repeat a handful of combinations and look far too certain."""
+
 
 def evaluate(
     metrics: Sequence[Metric],
@@ -50,9 +53,10 @@ def evaluate(
         level: Share of resamples inside the interval.
 
     Returns:
-        Records ``{name, value, low, high, constant, n, higher_is_better, subgroup, reason}``. ``n`` is the number of
-        labelled samples, ``constant`` the best constant prediction's number on the same samples, ``subgroup`` is
-        ``column=value`` or None for all samples, ``reason`` says why there is no interval. What does not exist is None.
+        Records ``{name, value, low, high, constant, n, groups, higher_is_better, subgroup, reason}``. ``n`` is the
+        number of labelled samples and ``groups`` that of the groups they come from, ``constant`` the best constant
+        prediction's number on the same samples, ``subgroup`` is ``column=value`` or None for all samples, ``reason``
+        says why there is no interval. What does not exist is None.
 
     Raises:
         DataError: If a labelled cell holds a value that is not finite, or lengths differ.
@@ -99,14 +103,14 @@ def _records(
         reason = "no groups"
     else:
         index, number = group_index(groups)
-        reason = "no resamples" if resamples < 1 else "only one group" if number == 1 else "no such number"
+        reason = "no resamples" if resamples < 1 else _too_few(number) or "no such number"
     records: list[Record] = []
     once = torch.ones(1, number, dtype=torch.float64)
     for metric in metrics:
         # One metric after the other: different metrics may give numbers of the same name.
         resampler = metric.resampler(values, target, mask, index, number)
         score, constants, sizes = resampler(once), metric.constants(target, mask), metric.sizes(target, mask)
-        resampled = resample([resampler], number, resamples, seed) if number > 1 else {}
+        resampled = resample([resampler], number, resamples, seed) if number >= FEWEST_GROUPS else {}
         intervals = percentile_intervals(resampled, level)
         for name in metric.names:
             counted = name in metric.counts
@@ -119,12 +123,20 @@ def _records(
                     "high": None if ends is None else ends[1],
                     "constant": None if counted else _number(constants[name]),
                     "n": sizes[name],
+                    "groups": None if groups is None else number,
                     "higher_is_better": metric.higher(name),
                     "subgroup": subgroup,
                     "reason": None if ends is not None else "a count" if counted else reason,
                 }
             )
     return records
+
+
+def _too_few(groups: int) -> str:
+    """Return why so few groups give no interval; empty if they do, or if there is no group at all."""
+    if not 0 < groups < FEWEST_GROUPS:
+        return ""
+    return "only one group" if groups == 1 else f"only {groups} groups"
 
 
 def _number(tensor: Tensor) -> float | None:

@@ -12,7 +12,7 @@ from affect.metrics import AUC, CCC, F1, bootstrap, evaluate
 from tests.metrics.every import every_metric
 
 NAMES = list(every_metric())
-KEYS = ["name", "value", "low", "high", "constant", "n", "higher_is_better", "subgroup", "reason"]
+KEYS = ["name", "value", "low", "high", "constant", "n", "groups", "higher_is_better", "subgroup", "reason"]
 GROUPS = np.arange(90) % 9
 
 
@@ -28,6 +28,7 @@ def test_records_hold_what_the_metric_says(name):
         assert list(record) == KEYS
         assert record["value"] == pytest.approx(float(score[key]))
         assert record["n"] == sizes[key] > 0
+        assert record["groups"] == 9
         assert record["higher_is_better"] is metric.higher(key)
         assert record["subgroup"] is None
         if key in metric.counts:
@@ -70,6 +71,15 @@ def test_a_subgroup_may_lie_in_one_group_or_have_no_labels():
     assert none["value"] is none["constant"] is none["low"] is None
     assert none["n"] == 0
     assert by_name["part=rest", "ccc/mean"]["reason"] is None
+
+
+@pytest.mark.parametrize("groups", [2, 4, 5])
+def test_fewer_than_five_groups_give_no_interval(groups):
+    metric, data = every_metric()["ccc"]
+    for record in evaluate([metric], *data, np.arange(90) % groups, resamples=10):
+        assert record["groups"] == groups
+        assert record["reason"] == (f"only {groups} groups" if groups < 5 else None)
+        assert (record["low"] is None) is (record["high"] is None) is (groups < 5)
 
 
 def test_an_output_without_labels_is_null():
@@ -125,6 +135,7 @@ def test_without_groups_or_resamples_there_are_values_only():
     for arguments, reason in (({}, "no groups"), ({"groups": GROUPS, "resamples": 0}, "no resamples")):
         records = evaluate([metric], *data, **arguments)
         assert {record["reason"] for record in records} == {reason}
+        assert {record["groups"] for record in records} == {9 if "groups" in arguments else None}
         assert all(record["low"] is None and record["value"] is not None for record in records)
 
 
