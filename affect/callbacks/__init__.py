@@ -5,6 +5,7 @@ from affect.callbacks.checkpoint import BEST, LAST, AtomicCheckpointIO, BestWeig
 from affect.callbacks.ema import EMA
 from affect.callbacks.history import History
 from affect.callbacks.seeding import SeedEachStep
+from affect.callbacks.stopping import EarlyStopping
 
 __all__ = [
     "BEST",
@@ -12,6 +13,7 @@ __all__ = [
     "LAST",
     "AtomicCheckpointIO",
     "BestWeights",
+    "EarlyStopping",
     "History",
     "LastCheckpoint",
     "SeedEachStep",

@@ -85,6 +85,20 @@ class BestWeights(pl.Callback):
         self.score, self.epoch = state_dict["score"], state_dict["epoch"]
 
 
+def is_due(batches: int, every: int, accumulated: int) -> bool:
+    """Return whether to write after ``batches`` of an epoch: at the first optimiser step since an ``every``-th batch.
+
+    Gradients that are accumulated are in no checkpoint, so one within their window could not be continued exactly.
+
+    Example:
+        >>> [batches for batches in range(1, 13) if is_due(batches, every=2, accumulated=3)]
+        [3, 6, 9, 12]
+        >>> [batches for batches in range(1, 13) if is_due(batches, every=4, accumulated=3)]
+        [6, 9, 12]
+    """
+    return batches % accumulated == 0 and batches // every > (batches - accumulated) // every
+
+
 class LastCheckpoint(pl.callbacks.Checkpoint):
     """Writes ``last.ckpt``, the state to continue from, at the end of each epoch and, if asked, within it.
 
@@ -92,7 +106,8 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
 
     Args:
         folder: Folder of the run.
-        every_n_steps: Also write after every n-th training batch of an epoch; None writes at its end only.
+        every_n_steps: Also write after every n-th training batch of an epoch, or where gradients are accumulated at the
+            next optimiser step; None writes at its end only.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
@@ -109,8 +124,10 @@ class LastCheckpoint(pl.callbacks.Checkpoint):
         batch_idx: int,
     ) -> None:
         """Write within an epoch; its last batch is left to ``on_train_epoch_end``."""
-        last = batch_idx + 1 >= trainer.num_training_batches
-        if self.every_n_steps and (batch_idx + 1) % self.every_n_steps == 0 and not last:
+        batches = batch_idx + 1
+        if self.every_n_steps is None or batches >= trainer.num_training_batches:
+            return
+        if is_due(batches, self.every_n_steps, trainer.accumulate_grad_batches):
             trainer.save_checkpoint(self.folder / LAST)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

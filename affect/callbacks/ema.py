@@ -35,3 +35,11 @@ class EMA(EMAWeightAveraging):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the original weights back."""
         super().on_validation_epoch_end(trainer, pl_module)
+
+    def load_averaged(self, module: pl.LightningModule) -> None:
+        """Copy the averaged weights into ``module``.
+
+        Lightning does so when training ends, which a continued run whose training had ended never reaches.
+        """
+        if self._average_model is not None:
+            self._copy_average_to_current(module)

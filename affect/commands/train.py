@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from safetensors.torch import load_file
 
-from affect.callbacks import BEST, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
+from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, figures, inference
 from affect.commands.run_folder import RESULTS, clear, is_first_process, locked, resolve_output, result_hash, same_run
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
 from affect.errors import ConfigError
 from affect.models.base import AffectModule
-from affect.release import write_release
+from affect.release import with_statistics, write_release
 from affect.report import comparison_table, environment, read_json, results_table, write_json
 
 SELECTIONS = ("best_val", "last")
@@ -90,7 +90,7 @@ def _train(config: DictConfig, output: Path, console: Console) -> float | None:
     if not trainer.is_global_zero:
         return None
 
-    selection = select_weights(config, trainer, module, output)
+    selection = select_weights(config, trainer, module, history, output)
     results = finish(config, bound, datamodule, module, history, selection, summary, output)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
@@ -120,7 +120,9 @@ def build_trainer(config: DictConfig, first: list[pl.Callback]) -> pl.Trainer:
     )
 
 
-def select_weights(config: DictConfig, trainer: pl.Trainer, module: AffectModule, output: Path) -> dict[str, Any]:
+def select_weights(
+    config: DictConfig, trainer: pl.Trainer, module: AffectModule, history: History, output: Path
+) -> dict[str, Any]:
     """Load the selected weights into ``module`` and return what selected them."""
     best = next((c for c in trainer.callbacks if isinstance(c, BestWeights)), None)  # type: ignore[attr-defined]
     if config.selection == "best_val":
@@ -128,8 +130,12 @@ def select_weights(config: DictConfig, trainer: pl.Trainer, module: AffectModule
             raise ConfigError("selection=best_val needs callbacks.best and a validation part; or selection=last")
         module.load_release_state(load_file(output / BEST))
         return {"rule": "best_val", "monitor": config.monitor, "score": best.score, "epoch": best.epoch}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA):
+            callback.load_averaged(module)
     score = module.last_validation.get(config.monitor)
-    return {"rule": "last", "monitor": config.monitor, "score": score, "epoch": trainer.current_epoch - 1}
+    epoch = history.epochs[-1]["epoch"] if history.epochs else None
+    return {"rule": "last", "monitor": config.monitor, "score": score, "epoch": epoch}
 
 
 def encoder_origins(module: AffectModule) -> dict[str, str]:
@@ -195,7 +201,8 @@ def finish(
         "environment": environment(),
     }
     card = model_card(results)
-    write_release(output / "release", module.release_state(), plain, labels, preprocess, metrics, card)
+    described = with_statistics(plain, module)
+    write_release(output / "release", module.release_state(), described, labels, preprocess, metrics, card)
     return results
 
 

@@ -84,6 +84,7 @@ class AffectModule(pl.LightningModule):
         channels_last: Keep convolutional weights and images in channels-last memory order.
 
     Attributes:
+        last_validation: What the validation of the current epoch logged; empty before it.
         taps: Activations of the layers that objectives asked for, from the last forward pass; not detached.
     """
 
@@ -203,6 +204,10 @@ class AffectModule(pl.LightningModule):
         self._sums[stage] = {}
         return losses
 
+    def on_train_epoch_start(self) -> None:
+        """Forget the validation of an earlier epoch: an epoch without one reports none."""
+        self.last_validation = {}
+
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Update losses and metrics of the inference path."""
         outputs = self(batch)
@@ -316,14 +321,16 @@ class AffectModule(pl.LightningModule):
         return keep
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store open sums, so that an epoch continued in its middle reports the mean of the whole epoch."""
+        """Store open sums and the last validation, so that a continued epoch reports what it would have reported."""
         checkpoint["affect_sums"] = {
             stage: {name: pair.cpu() for name, pair in sums.items()} for stage, sums in self._sums.items()
         }
+        checkpoint["affect_last_validation"] = dict(self.last_validation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore open sums."""
+        """Restore open sums and the last validation."""
         self._sums = {"train": {}, "val": {}, **checkpoint.get("affect_sums", {})}
+        self.last_validation = dict(checkpoint.get("affect_last_validation", {}))
 
     def release_state(self) -> dict[str, Tensor]:
         """Return the tensors that prediction needs: no loss, metric or target-transform buffers."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from affect.callbacks import AtomicCheckpointIO, LastCheckpoint
+from affect.callbacks import AtomicCheckpointIO, EarlyStopping, LastCheckpoint
+from affect.callbacks.checkpoint import is_due
 from affect.callbacks.seeding import step_seed
 from affect.errors import CheckpointError, ConfigError
 
@@ -42,6 +43,23 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_steps_have_seeds_of_their_own() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(2)}
     assert len(seeds) == 400
+
+
+def test_no_checkpoint_is_written_within_an_accumulation_window() -> None:
+    assert [k for k in range(1, 13) if is_due(k, every=2, accumulated=1)] == [2, 4, 6, 8, 10, 12]
+    assert [k for k in range(1, 13) if is_due(k, every=2, accumulated=4)] == [4, 8, 12]
+    assert [k for k in range(1, 13) if is_due(k, every=5, accumulated=3)] == [6, 12]
+
+
+def test_early_stopping_remembers_that_it_stopped() -> None:
+    class Trainer:
+        should_stop = False
+
+    stopping, continued = EarlyStopping("val/score"), EarlyStopping("val/score")
+    stopping.stopped = True
+    continued.load_state_dict(stopping.state_dict())
+    continued.on_fit_start(Trainer, None)  # type: ignore[arg-type]
+    assert Trainer.should_stop
 
 
 def test_a_rhythm_of_zero_steps_is_refused(tmp_path: Path) -> None:

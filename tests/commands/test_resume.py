@@ -153,6 +153,51 @@ def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
     _same(folder, uninterrupted)
 
 
+FINISHING = ("data.limit=8", "selection=last", "bootstrap.resamples=0")
+
+
+def _train_settings(folder: Path, *overrides: str) -> None:
+    from affect.commands import figures, train
+    from affect.commands.configuration import compose
+
+    torch.set_num_threads(1)
+    figures.write_run_figures = lambda *arguments: None
+    paths = (f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}")
+    train.run(compose("train", [*SETTINGS, *FINISHING, *overrides, *paths]))
+
+
+def _train_until_results(folder: Path, *overrides: str) -> None:
+    """Train and kill the process when it is about to write its results."""
+    from affect.commands import train
+
+    train.write_json = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    _train_settings(folder, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.max_epochs=2",),
+        ("trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"),
+        ("trainer.max_epochs=4", "callbacks=[default,ema,early_stopping]", "callbacks.early_stopping.patience=1")
+        + ("callbacks.early_stopping.min_delta=9.0",),
+    ],
+    ids=["ema", "rare_validation", "stopped_early"],
+)
+def test_killed_when_training_had_ended(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _run(_train_settings, whole, *overrides) == 0
+    assert _run(_train_until_results, killed, *overrides) == -signal.SIGKILL
+    assert _run(_train_settings, killed, *overrides) == 0
+    _same(killed, whole)
+    history = _outcome(killed)[2]["history"]
+    assert ["val/score" in epoch for epoch in history] == {
+        "trainer.max_epochs=2": [True, True],
+        "trainer.max_epochs=3": [False, True, False],
+        "trainer.max_epochs=4": [True, True],  # the first value is an improvement, the second is not
+    }[overrides[0]]
+
+
 def test_another_seed_gives_another_result(tmp_path: Path, uninterrupted: Path) -> None:
     """The comparison above can fail: a run that differs in its seed alone is told apart."""
     assert _run(_train_with_seed, tmp_path / "run", 2) == 0
