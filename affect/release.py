@@ -17,6 +17,7 @@ public class of this package or of a package that the user trusts by name, and w
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,16 @@ from affect.models.base import AffectModule
 from affect.tasks import Task
 
 TRUSTED_ROOMS = ("affect.tasks", "affect.metrics", "affect.models", "affect.encoders")
+"""Rooms whose public classes a release may name."""
+
+DATASET_TARGETS = ("affect.data.faces.FaceDials", "affect.data.faces.FaceImages", "affect.geometry.CropRecipe")
+DATASET_ROOM, DATASET_FUNCTIONS = "affect.data.layouts", ("read", "images")
+"""What a stored dataset may name: these classes, and these functions of a layout that lists them in ``__all__``."""
+
 REFUSED_KEYS = ("_args_", "_partial_", "_recursive_", "_convert_")
+FILE_KEYS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of timm that read files or addresses; a release has no use for them."""
+
 MODEL, CONFIG, LABELS, PREPROCESS = "model.safetensors", "config.yaml", "labels.json", "preprocess.json"
 METRICS, CARD = "metrics.json", "README.md"
 
@@ -95,25 +105,52 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"task": tasks, "model": _without_weights(model)}
 
 
+def with_statistics(config: Mapping[str, Any], module: AffectModule) -> dict[str, Any]:
+    """Return a run config whose encoders name the mean and standard deviation that they normalise with.
+
+    A release is built without the weights that brought these numbers, so it has to hold them itself. An encoder's node
+    is found by the encoder's name in the module.
+    """
+    model = config["model"]
+    for name, encoder in module.encoder_modules():
+        numbers = {key: [float(x) for x in getattr(encoder, key)] for key in ("mean", "std") if hasattr(encoder, key)}
+        model = _with_numbers(model, name.split("."), numbers)
+    return {**config, "model": model}
+
+
+def _with_numbers(node: Any, path: list[str], numbers: Mapping[str, list[float]]) -> Any:  # noqa: ANN401
+    if not isinstance(node, Mapping):
+        return node
+    if path:
+        return {k: _with_numbers(v, path[1:], numbers) if k == path[0] else v for k, v in node.items()}
+    ours = str(node.get("_target_", "")).startswith("affect.encoders.")
+    return {**node, **{key: value for key, value in numbers.items() if ours or key in node}}
+
+
 def _without_weights(node: Any) -> Any:  # noqa: ANN401
-    """Return ``node`` with every ``pretrained`` and ``weights`` of an encoder switched off."""
+    """Return a model's ``node`` with every ``pretrained`` and ``weights`` off and without arguments that name files.
+
+    Numbers under ``weights`` are no origin of weights and stay.
+    """
     if isinstance(node, Mapping):
-        encoder = str(node.get("_target_", "")).startswith("affect.encoders.")
-        off = {"pretrained": False, "weights": None} if encoder else {}
-        return {key: _without_weights(value) for key, value in node.items()} | {
-            k: v for k, v in off.items() if k in node
-        }
+        kept = {key: _without_weights(value) for key, value in node.items() if key not in FILE_KEYS}
+        if "pretrained" in kept:
+            kept["pretrained"] = False
+        if isinstance(kept.get("weights"), str):
+            kept["weights"] = None
+        return kept
     if isinstance(node, list | tuple):
         return [_without_weights(value) for value in node]
     return node
 
 
-def read_release(folder: Path, trust: Sequence[str] = ()) -> Release:
+def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoint") -> Release:
     """Return the release in ``folder``.
 
     Args:
         folder: A release folder, or the folder of a run, whose release lies in its sub-folder ``release``.
         trust: Packages whose classes the config may name besides this package's public ones.
+        what: Key of the command line that named the folder, for messages.
 
     Raises:
         CheckpointError: If files are missing or damaged, or the config names what it may not.
@@ -121,26 +158,27 @@ def read_release(folder: Path, trust: Sequence[str] = ()) -> Release:
     folder = Path(folder)
     if (folder / "release" / MODEL).is_file():
         folder = folder / "release"
+    if folder.is_file():
+        raise CheckpointError(f"{what}={folder}: a file; give the folder of a run or of a release ({folder.parent})")
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint={folder}: no such folder; give the folder of a run or of a release")
+        raise CheckpointError(f"{what}={folder}: no such folder; give the folder of a run or of a release")
     for name in (MODEL, CONFIG, LABELS, PREPROCESS):
         if not (folder / name).is_file():
             hint = " (the run is not finished)" if (folder / "last.ckpt").exists() else ""
-            raise CheckpointError(
-                f"checkpoint={folder}: no {name} in it{hint}; give the folder of a run or of a release"
-            )
+            raise CheckpointError(f"{what}={folder}: no {name} in it{hint}; give the folder of a run or of a release")
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         labels = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         preprocess = json.loads((folder / PREPROCESS).read_text(encoding="utf-8"))
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint={folder}: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{what}={folder}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or set(config) != {"task", "model"}:
         raise CheckpointError(f"{folder / CONFIG}: must hold the nodes task and model and nothing else")
     named = isinstance(labels, dict) and isinstance(config["task"], dict) and set(labels) == set(config["task"])
     if not named or not all(isinstance(names, list) for names in labels.values()):
         raise CheckpointError(f"{folder / LABELS}: must give a list of output names for each task of {CONFIG}")
+    _check_preprocess(preprocess, folder / PREPROCESS)
     check_config(config, trust, str(folder / CONFIG))
     try:
         state = load_file(folder / MODEL)
@@ -149,11 +187,35 @@ def read_release(folder: Path, trust: Sequence[str] = ()) -> Release:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{folder / MODEL}: tensor {name} holds values that are not finite")
-    return Release(folder, _without_weights(config), labels, preprocess, metrics, state)
+    config["model"] = _without_weights(config["model"])
+    return Release(folder, config, labels, preprocess, metrics, state)
 
 
-def check_config(node: Any, trust: Sequence[str], where: str, path: str = "") -> None:  # noqa: ANN401
+def _check_preprocess(preprocess: Any, where: Path) -> None:  # noqa: ANN401
+    if not isinstance(preprocess, dict):
+        raise CheckpointError(f"{where}: must hold image_size and recipe")
+    size, recipe = preprocess.get("image_size"), preprocess.get("recipe")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise CheckpointError(f"{where}: image_size={size!r} must be the side of the input in pixels")
+    if recipe is not None and not (isinstance(recipe, dict) and isinstance(recipe.get("kind"), str)):
+        raise CheckpointError(f"{where}: recipe must be null or a crop recipe with its kind")
+
+
+def check_config(
+    node: Any,  # noqa: ANN401
+    trust: Sequence[str],
+    where: str,
+    path: str = "",
+    dataset: bool = False,
+) -> None:
     """Refuse a config from a stranger that could run code or reach the network.
+
+    Args:
+        node: Plain config, interpolations not resolved.
+        trust: Packages whose own classes and functions it may name.
+        where: Its file, for messages.
+        path: Key of the node, for messages.
+        dataset: Whether it describes a dataset: those name layouts, and where the user's files are.
 
     Raises:
         CheckpointError: With the place of the first thing that is not allowed.
@@ -163,57 +225,78 @@ def check_config(node: Any, trust: Sequence[str], where: str, path: str = "") ->
             place = f"{path}.{key}" if path else str(key)
             if not isinstance(key, str) or key in REFUSED_KEYS:
                 raise CheckpointError(f"{where}: key {place} is not allowed in a checkpoint's config")
+            if key in FILE_KEYS:
+                raise CheckpointError(f"{where}: key {place}: paths and addresses are not allowed there")
             if key == "_target_":
-                _check_target(value, trust, f"{where}: {place}")
+                _check_target(value, trust, f"{where}: {place}", dataset)
             else:
-                check_config(value, trust, where, place)
+                check_config(value, trust, where, place, dataset)
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            check_config(value, trust, where, f"{path}[{index}]")
+            check_config(value, trust, where, f"{path}[{index}]", dataset)
     elif isinstance(node, str):
         if "${" in node:
             raise CheckpointError(f"{where}: {path}={node!r}: interpolation is not allowed in a checkpoint's config")
-        if "://" in node or node.startswith(("/", "~", "hf-hub:", "local-dir:", "\\")) or ".." in node.split("/"):
+        local = node.startswith(("/", "~", "\\")) or ".." in node.split("/")
+        if "://" in node or node.startswith(("hf-hub:", "local-dir:")) or (local and not dataset):
             raise CheckpointError(f"{where}: {path}={node!r}: paths and addresses are not allowed there")
     elif not (node is None or isinstance(node, bool | int | float)):
         raise CheckpointError(f"{where}: {path} holds a {type(node).__name__}; only plain values are allowed")
 
 
-def check_targets(node: Any, trust: Sequence[str], where: str, path: str = "") -> None:  # noqa: ANN401
-    """Refuse a node of a stored config in which a ``_target_`` lies outside the packages in ``trust``.
-
-    Raises:
-        CheckpointError: With the place of the first one.
-    """
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        place = f"{path}.{key}" if path else str(key)
-        if key == "_target_":
-            if not any(str(value).startswith(f"{package}.") for package in trust):
-                package = str(value).split(".")[0]
-                raise CheckpointError(
-                    f"{where}: {place}={value}: not trusted; if you trust its code, trust=[{package}]"
-                )
-        else:
-            check_targets(value, trust, where, place)
-
-
-def _check_target(target: Any, trust: Sequence[str], place: str) -> None:  # noqa: ANN401
+def _check_target(target: Any, trust: Sequence[str], place: str, dataset: bool) -> None:  # noqa: ANN401
     if not isinstance(target, str) or "." not in target:
         raise CheckpointError(f"{place}={target!r} names no class")
-    if any(target.startswith(f"{package}.") for package in trust):
+    module, _, name = target.rpartition(".")
+    if (_may_be_in_dataset if dataset else _may_be_in_release)(module, name):
         return
-    module_name, _, attribute = target.rpartition(".")
-    if module_name in TRUSTED_ROOMS or any(module_name.startswith(f"{room}.") for room in TRUSTED_ROOMS):
-        try:
-            public = getattr(importlib.import_module(module_name), "__all__", ())
-        except ImportError:
-            public = ()
-        if attribute in public:
-            return
+    trusted = next((package for package in trust if target.startswith(f"{package}.")), None)
+    if trusted is not None:
+        _check_trusted(module, name, trusted, f"{place}={target}")
+        return
     package = target.split(".")[0]
     hint = "" if package == "affect" else f"; if you trust its code, add trust=[{package}]"
     raise CheckpointError(f"{place}={target}: not on the list of classes that a checkpoint may name{hint}")
+
+
+def _may_be_in_release(module: str, name: str) -> bool:
+    if module not in TRUSTED_ROOMS and not module.startswith(tuple(f"{room}." for room in TRUSTED_ROOMS)):
+        return False
+    return inspect.isclass(_public(module, name))
+
+
+def _may_be_in_dataset(module: str, name: str) -> bool:
+    if f"{module}.{name}" in DATASET_TARGETS:
+        return True
+    if not module.startswith(f"{DATASET_ROOM}.") or name not in DATASET_FUNCTIONS:
+        return False
+    return inspect.isfunction(_public(module, name))
+
+
+def _public(module: str, name: str) -> Any:  # noqa: ANN401
+    """Return what a module of ours lists in ``__all__`` under ``name``, or None."""
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    return getattr(found, name, None) if name in getattr(found, "__all__", ()) else None
+
+
+def _check_trusted(module: str, name: str, package: str, place: str) -> None:
+    """Refuse what a trusted package only imported: trust is in its own classes and functions."""
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise CheckpointError(f"{place}: {_first_line(error)}{_import_hint(error)}") from error
+    own = str(getattr(found, "__module__", "")).split(".")[0] == package.split(".")[0]
+    if not own or not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise CheckpointError(f"{place}: no class or function of the package {package}")
+
+
+def _import_hint(error: BaseException) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return "; install it, or for a package of yours add --config-dir <its conf folder>"
 
 
 def build_tasks(release: Release) -> dict[str, Task]:
@@ -252,7 +335,7 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
 def _inner(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return _first_line(error)
+    return _first_line(error) + _import_hint(error)
 
 
 def _first_line(error: BaseException) -> str:

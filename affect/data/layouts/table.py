@@ -41,6 +41,8 @@ from affect.data.images import NO_SUBJECT, FileImages
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, DataError
 
+__all__ = ["canonical_expressions", "read", "write"]
+
 _log = logging.getLogger(__name__)
 
 
