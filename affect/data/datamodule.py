@@ -16,7 +16,18 @@ from torch.utils.data import DataLoader
 from affect.data.batch import FaceBatch
 from affect.data.dataset import FaceDataset, collate, croppable
 from affect.data.images import Source
-from affect.data.protocol import PARTS, TEST, TRAIN, VALIDATION, Protocol, assign, group_codes, require_parts, spread
+from affect.data.protocol import (
+    PARTS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Protocol,
+    assign,
+    group_codes,
+    require_parts,
+    spread,
+    unused_rows,
+)
 from affect.data.sampling import EpochSampler, OrderedSampler, Pool, Sampling, class_pools, weighted_pool
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError, DataError, near
@@ -25,6 +36,9 @@ from affect.tasks.base import Task, require_own_columns
 _log = logging.getLogger(__name__)
 
 ALL = "all"
+UNUSED_PART = "part neither trains, selects nor tests"
+"""Reason that a row of an official part is left out."""
+
 _BLOCK = 1 << 16
 _MOST_CLASSES = 64
 
@@ -322,6 +336,10 @@ class FaceDataModule(pl.LightningDataModule):
                 ]
                 for part in PARTS
             }
+            unused = [unused_rows(source, self.protocol) for source in self.sources]
+            count = sum(int(np.isin(rows, whole).sum()) for rows, whole in zip(unused, self._whole, strict=True))
+            if count:
+                self._dropped[UNUSED_PART] = count
         return self._assigned
 
     def _fit(self) -> None:

@@ -24,6 +24,8 @@ PARTS = (TRAIN, VALIDATION, TEST)
 
 SELECTIONS = ("best_val", "last", "best_on_test")
 _TRAINING_NAMES = ("train", "training")
+_VALIDATION_NAMES = ("val", "valid", "validation", "dev")
+_TEST_NAMES = ("test", "testing")
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,17 @@ class Protocol:
     """How a source is split and scored.
 
     Attributes:
-        test: Name of the official test part (a value of the column ``part``), index of the test fold, ``"all"`` to
-            test on every row, or None: the official part ``test`` if the source has one, fold 0 otherwise.
+        test: Name of the official test part (a value of the column ``part``; case does not matter, here and below),
+            index of the test fold, ``"all"`` to test on every row, or None: the official part ``test`` or ``testing``,
+            fold 0 of a source without official parts.
         folds: Number of folds over groups where parts are not official.
         split_seed: Seed of folds and validation groups, independent of the seed of training.
         validation_fraction: Share of the training groups that are held out for selection; 0 for none.
         group: Column that replaces the source's own group; None keeps it.
         every: Training uses every n-th row.
-        train: Official parts that train; None takes ``train`` where it exists, else all but the test part.
-        validation: Official part that selects instead of held-out training groups; None holds groups out.
+        train: Official parts that train; None takes ``train`` where it exists, else all that do not test or select.
+        validation: Official part that selects instead of held-out training groups; None takes ``val``, ``valid``,
+            ``validation`` or ``dev`` where it is there and has no other use, and holds groups out otherwise.
         f1_empty: F1 of an output that has neither positives nor positive predictions.
         selection: ``best_val`` (best on the validation part), ``last``, or ``best_on_test``, which exists for comparing
             with old papers only and is printed beside every number that it produced.
@@ -160,7 +164,8 @@ def assign(source: Source, protocol: Protocol) -> dict[str, np.ndarray]:
     column = protocol.group or source.group
     require_no_leak(part, codes, names, f"{source.name}, column {column}")
     rows = {name: np.flatnonzero(part == k) for k, name in enumerate(PARTS)}
-    if protocol.validation is None and len(rows[TRAIN]) and protocol.validation_fraction > 0:
+    selected = protocol.validation is not None or len(rows[VALIDATION]) > 0
+    if not selected and len(rows[TRAIN]) and protocol.validation_fraction > 0:
         rows[TRAIN], rows[VALIDATION] = _hold_out(source, protocol, rows[TRAIN], codes, names, column)
     rows[TRAIN] = rows[TRAIN][:: protocol.every]
     return rows
@@ -171,25 +176,56 @@ def _official(source: Source, protocol: Protocol) -> np.ndarray | None:
     if isinstance(protocol.test, int):
         return None
     codes, found = source.table.codes("part") if "part" in source.table.names else (None, np.empty(0, object))
-    if protocol.test is None and TEST not in found:
-        return None
-    test = protocol.test or TEST
     if not len(found):
+        if protocol.test is None:
+            return None
         raise DataError(
-            f"{source.name}: protocol.test={test} needs a column part; without one, give the index of a fold "
+            f"{source.name}: protocol.test={protocol.test} needs a column part; without one, give the index of a fold "
             f"(0 to {protocol.folds - 1})"
         )
-    lacking = [name for name in (*(protocol.train or ()), protocol.validation) if name and name not in found]
-    if lacking:
-        raise DataError(f"{source.name}: no row has part={lacking[0]}; {near(lacking[0], found)}")
-    train = tuple(protocol.train or [name for name in found if name in _TRAINING_NAMES])
-    train = train or tuple(name for name in found if name not in (test, protocol.validation))
-    if test not in found and not set(train) & set(_TRAINING_NAMES):
-        raise DataError(f"{source.name}: no row has part={test}; {near(test, found)}")
-    if test in train or protocol.validation in train or protocol.validation == test:
-        raise ConfigError(f"protocol: parts train={list(train)}, validation={protocol.validation}, test={test} overlap")
-    of_name = {**dict.fromkeys(train, 0), protocol.validation: 1, test: 2}
-    return np.array([*(of_name.get(name, -1) for name in found), -1])[codes]
+    of_name = {name: k for k, names in enumerate(_part_names(source, protocol, found.tolist())) for name in names}
+    return np.array([*(of_name.get(_plain(name), -1) for name in found), -1])[codes]
+
+
+def _plain(name: str) -> str:
+    """Return the name of a part as it is compared: without case and outer blanks."""
+    return name.strip().casefold()
+
+
+def _part_names(source: Source, protocol: Protocol, written: Sequence[str]) -> tuple[set[str], set[str], set[str]]:
+    """Return which values of the column ``part`` train, select and test, in the spelling of ``_plain``."""
+    found = {_plain(name) for name in written}
+    train = {_plain(name) for name in protocol.train or ()}
+    validation = set() if protocol.validation is None else {_plain(protocol.validation)}
+    for name in (*(protocol.train or ()), *((protocol.validation,) if protocol.validation else ())):
+        if _plain(name) not in found:
+            raise DataError(f"{source.name}: no row has part={name}; {near(name, written)}")
+    if protocol.test is None:
+        test = found.intersection(_TEST_NAMES) - train - validation
+        if not test:
+            raise DataError(
+                f"{source.name}: no part {' or '.join(_TEST_NAMES)} among the values of column part "
+                f"({', '.join(sorted(written))}); set protocol.test to one of them or to the index of a fold "
+                f"(0 to {protocol.folds - 1})"
+            )
+    else:
+        test = {_plain(str(protocol.test))}
+    if protocol.validation is None:
+        validation = found.intersection(_VALIDATION_NAMES) - train - test
+    train = train or found.intersection(_TRAINING_NAMES) - test - validation or found - test - validation
+    if not test & found and not train.intersection(_TRAINING_NAMES):
+        raise DataError(f"{source.name}: no row has part={protocol.test}; {near(str(protocol.test), written)}")
+    if train & test or train & validation or validation & test:
+        raise ConfigError(
+            f"protocol: parts train={sorted(train)}, validation={sorted(validation)}, test={sorted(test)} overlap"
+        )
+    return train, validation, test
+
+
+def unused_rows(source: Source, protocol: Protocol) -> np.ndarray:
+    """Return the rows ``(M,)`` whose official part neither trains nor selects nor tests, sorted."""
+    part = None if protocol.test == "all" else _official(source, protocol)
+    return np.empty(0, np.int64) if part is None else np.flatnonzero(part < 0)
 
 
 def _folds(source: Source, protocol: Protocol, codes: np.ndarray, names: np.ndarray) -> np.ndarray:
@@ -247,7 +283,8 @@ def require_no_leak(part: np.ndarray, codes: np.ndarray, names: np.ndarray, wher
 def require_parts(sources: Sequence[Source], parts: Sequence[dict[str, np.ndarray]], protocol: Protocol) -> None:
     """Raise ``DataError`` if no source has a row in a part that training, selection or testing needs."""
     needed = [TRAIN, TEST]
-    if protocol.validation is not None or (protocol.validation_fraction > 0 and protocol.selection == "best_val"):
+    official = protocol.validation is not None or any(len(rows[VALIDATION]) for rows in parts)
+    if official or (protocol.validation_fraction > 0 and protocol.selection == "best_val"):
         needed.append(VALIDATION)
     if protocol.selection == "best_val" and VALIDATION not in needed:
         raise ConfigError(

@@ -379,3 +379,15 @@ def test_bad_sampling_keys(sampling, message):
     task.bind([table])
     with pytest.raises(ConfigError, match=message):
         drawn(sampling, [source(table=table)], {"au": task}, 10)
+
+
+def test_rows_of_a_part_that_nobody_uses_are_counted():
+    names = ["train", "test", "val", "extra"]
+    table = samples.table(48, subjects=12).with_columns({"part": [names[k % 4] for k in range(48)]})
+    summary = module([source(table=table)], protocol=Protocol()).summary()
+    assert {part: summary["parts"][part]["rows"] for part in ("train", "validation", "test")} == {
+        "train": 12,
+        "validation": 12,
+        "test": 12,
+    }
+    assert summary["skipped"] == {"part neither trains, selects nor tests": 12}

@@ -127,11 +127,7 @@ def rolled(degrees, count=4):
     angle = np.deg2rad(degrees)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = (samples.points_68(0, count) - 24) @ turn.T + 24
-    pose = {
-        f"pose_{axis}": np.full(count, value, np.float32)
-        for axis, value in zip(labels.POSE_ANGLES, (3, 5, 0), strict=True)
-    }
-    pose["pose_roll"] = np.full(count, degrees, np.float32)
+    pose = {f"pose_{axis}": np.full(count, value, np.float32) for axis, value in (("pitch", 3), ("roll", degrees))}
     columns = {"landmarks_68": points.reshape(count, 136).astype(np.float32), **pose}
     return Source("rolled", samples.table(count).with_columns(columns), samples.DrawnImages(), recipe=RECIPE)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from affect.data.images import Source
-from affect.data.protocol import PARTS, Protocol, assign, group_codes, require_parts, split_groups, spread
+from affect.data.protocol import PARTS, Protocol, assign, group_codes, require_parts, split_groups, spread, unused_rows
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from tests.data import samples
@@ -101,23 +101,51 @@ def test_split_seed_and_validation_are_independent_of_the_test_fold():
 
 
 def test_official_parts():
-    names = np.array(["train", "test", "validation"] * 20, dtype=object)
+    names = np.array(["train", "test", "other"] * 20, dtype=object)
     data = source(60, 3, part=names)  # subject k % 3 goes with part k % 3
     with pytest.raises(DataError, match=r"1 group .* is left for training"):
         assign(data, Protocol(test="test"))
+    names = np.array(["train", "test", "validation"] * 20, dtype=object)
     data = source(60, 12, part=names)
     rows = assign(data, Protocol(test="test"))
     assert (names[rows["test"]] == "test").all()
     assert len(rows["test"]) == 20
-    assert (names[np.concatenate([rows["train"], rows["validation"]])] == "train").all()
-    assert len(rows["train"]) + len(rows["validation"]) == 20, "the official validation part stays out unless named"
-    rows = assign(data, Protocol(test="test", validation="validation"))
+    assert (names[rows["train"]] == "train").all()
     assert (names[rows["validation"]] == "validation").all()
-    assert len(rows["train"]) == 20
+    assert len(rows["train"]) == len(rows["validation"]) == 20, "the official validation part selects"
     assert assign(data, Protocol())["test"].tolist() == np.flatnonzero(names == "test").tolist()
     rows = assign(data, Protocol(test="validation", train=["train", "test"]))
     assert len(rows["train"]) + len(rows["validation"]) == 40
     assert len(assign(data, Protocol(test=0, folds=3))["test"]) == 20, "a fold is a fold, with official parts too"
+
+
+def test_parts_by_their_usual_names():
+    names = np.array(["Train", "Test"] * 30, dtype=object)
+    rows = assign(source(60, 12, part=names), Protocol())
+    assert rows["test"].tolist() == np.flatnonzero(names == "Test").tolist()
+    assert set(names[np.concatenate([rows["train"], rows["validation"]])]) == {"Train"}
+    assert len(rows["validation"]) > 0, "without an official part, groups are held out"
+    assert assign(source(60, 12, part=names), Protocol(test="test"))["test"].tolist() == rows["test"].tolist()
+    names = np.array(["train", "val", "test"] * 20, dtype=object)
+    data = source(60, 12, part=names)
+    rows = assign(data, Protocol(validation_fraction=0))
+    assert {part: set(names[chosen]) for part, chosen in rows.items()} == {
+        "train": {"train"},
+        "validation": {"val"},
+        "test": {"test"},
+    }
+    require_parts([data], [rows], Protocol(validation_fraction=0))
+    joined = assign(data, Protocol(train=["train", "val"]))
+    assert set(names[joined["train"]]) == {"train", "val"}
+
+
+def test_parts_without_a_test_part_are_not_guessed():
+    data = source(60, 12, part=["train", "val"] * 30)
+    with pytest.raises(DataError, match=r"no part test or testing .*\(train, val\); set protocol.test .* \(0 to 4\)"):
+        assign(data, Protocol())
+    rows = assign(data, Protocol(test="val"))
+    assert (len(rows["test"]), len(rows["train"]) + len(rows["validation"])) == (30, 30)
+    assert len(assign(data, Protocol(test=0))["test"]) > 0
 
 
 def test_rows_of_no_part_are_unused():
@@ -125,6 +153,8 @@ def test_rows_of_no_part_are_unused():
     data = source(60, 12, part=names.tolist(), subject=[f"{k % 4} {k % 20}" for k in range(60)])
     rows = assign(data, Protocol(test="test"))
     assert sum(len(part) for part in rows.values()) == 45
+    assert unused_rows(data, Protocol(test="test")).tolist() == list(range(3, 60, 4))
+    assert len(unused_rows(data, Protocol(test=0))) == 0
 
 
 def test_a_leak_names_the_groups():
