@@ -3,7 +3,14 @@
 
 from affect.report.records import Record, Score, read_scores
 from affect.report.results import environment, read_json, to_json, write_json
-from affect.report.tables import comparison_table, markdown, markdown_table, results_table, subgroup_table
+from affect.report.tables import (
+    comparison_table,
+    markdown,
+    markdown_table,
+    results_table,
+    subgroup_table,
+    subgroup_tables,
+)
 
 __all__ = [
     "Record",
@@ -16,6 +23,7 @@ __all__ = [
     "read_scores",
     "results_table",
     "subgroup_table",
+    "subgroup_tables",
     "to_json",
     "write_json",
 ]

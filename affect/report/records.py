@@ -4,7 +4,7 @@
 A record is a JSON-friendly mapping, one number of one result file::
 
     {"name": "f1/AU12", "value": 0.61, "low": 0.55, "high": 0.66, "constant": 0.42, "n": 812,
-     "higher_is_better": true, "subgroup": null, "task": "au"}
+     "groups": 31, "higher_is_better": true, "subgroup": null, "task": "au"}
 
 ``affect.metrics.evaluate`` makes them, and ``task`` is added where several tasks share a file. ``name`` is
 ``<metric>``, ``<metric>/<output>`` or ``<metric>/<parameter>`` (``fr/10``). Null (or NaN) means that the number does
@@ -42,7 +42,8 @@ class Score:
         low: Lower end of its interval, NaN if there is none.
         high: Upper end of its interval, NaN if there is none.
         constant: The best constant predictor's number on the same rows, NaN if unknown.
-        n: Number of samples (or groups) behind it, None if the record does not say.
+        n: Number of samples behind it, None if the record does not say.
+        groups: Number of groups (subjects, videos) behind it, None if the record does not say.
         higher_is_better: Direction of the metric.
         subgroup: Readable name of the subgroup, empty for all rows together.
         reason: Why there is no interval, empty if there is one or if the record does not say.
@@ -56,6 +57,7 @@ class Score:
     high: float = math.nan
     constant: float = math.nan
     n: int | None = None
+    groups: int | None = None
     higher_is_better: bool = True
     subgroup: str = ""
     reason: str = ""
@@ -107,7 +109,6 @@ def read_score(record: Record) -> Score:
     if "value" not in record:
         raise DataError(f"result record {name}: it has no value; write null where a number does not exist")
     metric, _, output = name.rpartition("/")
-    count = _number(record, name, "n")
     return Score(
         task=str(record.get("task") or ""),
         metric=metric or output,
@@ -116,7 +117,8 @@ def read_score(record: Record) -> Score:
         low=_number(record, name, "low"),
         high=_number(record, name, "high"),
         constant=_number(record, name, "constant"),
-        n=None if math.isnan(count) else int(count),
+        n=_whole(record, name, "n"),
+        groups=_whole(record, name, "groups"),
         higher_is_better=record.get("higher_is_better") is not False,
         subgroup=subgroup_name(record.get("subgroup")),
         reason=str(record.get("reason") or ""),
@@ -175,6 +177,16 @@ def select_names(
     return chosen
 
 
+def score_like(scores: Iterable[Score]) -> list[Score]:
+    """Return the numbers that stand for a task in a narrow table: its summaries of which more is better.
+
+    A task that has none of these keeps its other summaries, and one without summaries keeps everything.
+    """
+    found = list(scores)
+    summaries = [score for score in found if score.is_summary]
+    return [score for score in summaries if score.higher_is_better] or summaries or found
+
+
 def subgroup_name(subgroup: object) -> str:
     """Return a readable name of a record's subgroup, empty for all rows together.
 
@@ -230,6 +242,11 @@ def number_text(value: float, digits: int = 3) -> str:
 def _is_parameter(output: str) -> bool:
     """Whether the last part of a name is a number, as the threshold in ``fr/10``."""
     return output.replace(".", "", 1).isdecimal()
+
+
+def _whole(record: Record, name: str, key: str) -> int | None:
+    value = _number(record, name, key)
+    return None if math.isnan(value) else int(value)
 
 
 def _number(record: Record, name: str, key: str) -> float:

@@ -18,6 +18,7 @@ from affect.report.records import (
     overall,
     read_arms,
     read_scores,
+    score_like,
     select_names,
 )
 
@@ -26,38 +27,44 @@ INTERVAL = "95 % interval"
 
 
 def results_table(records: Sequence[Record], title: str | None = None, *, digits: int = 3) -> Table:
-    """Return a table of metric, value, interval, best constant predictor and number of samples.
+    """Return a table of metric, value, interval, best constant predictor, and number of samples and of their groups.
 
     A value that clearly beats the best constant predictor (its whole interval does) is bold green, one that does not
     beat it is red and carries an exclamation mark. Subgroups are left to ``subgroup_table``.
 
     Args:
-        records: Records of one evaluation; tasks are separated by a line.
+        records: Records of one evaluation; each of several tasks has its name above its rows.
         title: Heading above the table.
         digits: Decimals of every number.
     """
     scores = overall(read_scores(records))
     tasks = list(dict.fromkeys(score.task for score in scores))
+    counts = _count_headings(scores)
     table = _table(title)
-    if len(tasks) > 1:
-        table.add_column("task")
-    table.add_column("metric")
-    for heading in ("value", INTERVAL, "best constant", "n"):
-        table.add_column(heading, justify="right")
+    table.add_column("metric", no_wrap=True)
+    for heading in ("value", INTERVAL, "constant", *counts):
+        table.add_column(heading, justify="right", no_wrap=True)
     for task in tasks:
         rows = [score for score in scores if score.task == task]
+        if len(tasks) > 1:
+            table.add_row(Text(task, style="bold"))
         for index, score in enumerate(rows):
             cells: list[str | Text] = [score.name, _value(score, digits), _interval(score, digits)]
-            cells += [number_text(score.constant, digits), _count(score.n)]
-            if len(tasks) > 1:
-                cells.insert(0, task if index == 0 else "")
+            cells += [number_text(score.constant, digits), *_counts([score])[: len(counts)]]
             table.add_row(*map(_plain, cells), end_section=index == len(rows) - 1)
     notes = [
-        f"no interval: {reason}" for reason in dict.fromkeys(score.reason for score in scores) if reason in _TELLING
+        f"no interval: {reason}" for reason in dict.fromkeys(score.reason for score in scores) if _is_telling(reason)
     ]
     if any(score.beats_constant is False for score in scores):
         notes.insert(0, "! not better than the best constant predictor")
     return _noted(table, notes if scores else ["no results"])
+
+
+def subgroup_tables(records: Sequence[Record], *, digits: int = 3) -> list[Table]:
+    """Return for each task a table of its subgroups, narrow enough for a terminal of 80 columns."""
+    tasks = list(dict.fromkeys(score.task for score in read_scores(records)))
+    own = {task: [record for record in records if str(record.get("task") or "") == task] for task in tasks}
+    return [subgroup_table(own[task], f"{task or 'all'} by subgroup", digits=digits) for task in tasks]
 
 
 def subgroup_table(
@@ -68,8 +75,8 @@ def subgroup_table(
     Args:
         records: Records of one evaluation with those of its subgroups.
         title: Heading above the table.
-        names: Record names to show; None takes the summaries (``f1/mean``, ``accuracy`` …), or everything if there
-            are no summaries.
+        names: Record names to show; None takes each task's summaries of which more is better (``f1/mean``,
+            ``accuracy`` …), its other summaries if there are none, or everything if there are no summaries.
         digits: Decimals of every number.
 
     Raises:
@@ -78,7 +85,9 @@ def subgroup_table(
     scores = read_scores(records)
     known = {(score.task, score.name): score for score in scores}
     if names is None:
-        keys = [key for key, score in known.items() if score.is_summary] or list(known)
+        tasks = dict.fromkeys(task for task, _ in known)
+        chosen = [score_like(score for key, score in known.items() if key[0] == task) for task in tasks]
+        keys = [(score.task, score.name) for part in chosen for score in part]
     else:
         missing = [name for name in names if name not in {key[1] for key in known}]
         if missing:
@@ -90,22 +99,24 @@ def subgroup_table(
 
     table = _table(title)
     table.add_column("subgroup")
-    table.add_column("n", justify="right")
+    headings = _count_headings(scores)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
     for task, name in keys:
-        table.add_column(Text(f"{task} {name}" if several and task else name), justify="right")
+        table.add_column(_heading(task if several else "", name), justify="right")
     for group in ["", *groups]:
         row = [cells.get((group, *key)) for key in keys]
         if not group and not any(row):
             continue
-        # One cell per metric has its own count; the row states the largest, as labels may be missing per task.
-        counts = [score.n for score in row if score is not None and score.n is not None]
+        counts = _counts([score for score in row if score is not None])[: len(headings)]
         texts = [_plain(_value(score, digits)) if score is not None else Text("–") for score in row]
         shown = Text(group) if group else Text("all", style="bold")
-        table.add_row(shown, _count(max(counts, default=None)), *texts, end_section=not group)
+        table.add_row(shown, *counts, *texts, end_section=not group)
     if len(groups) > 1:
         table.add_section()
         gaps = [_gap([cells.get((group, *key)) for group in groups]) for key in keys]
-        table.add_row(Text("largest gap", style="italic"), "", *(number_text(gap, digits) for gap in gaps))
+        gap_texts = [number_text(gap, digits) for gap in gaps]
+        table.add_row(Text("largest gap", style="italic"), *("" for _ in headings), *gap_texts)
     return _noted(table, [] if groups else ["no subgroups; group_by=<column> makes them"])
 
 
@@ -135,7 +146,7 @@ def comparison_table(
     table = _table(title)
     table.add_column("arm")
     for task, name in keys:
-        table.add_column(Text(f"{task} {name}" if several and task else name), justify="right")
+        table.add_column(_heading(task if several else "", name), justify="right")
     best = {key: _best([scores[key] for scores in read.values() if key in scores], digits) for key in keys}
     for index, (arm, scores) in enumerate(read.items()):
         cells = []
@@ -147,7 +158,7 @@ def comparison_table(
             value = number_text(score.value, digits)
             cell = Text(value, style="bold" if value == best[key] else "")
             if score.has_interval:
-                cell.append(f" {_interval(score, digits)}", style="not bold dim")
+                cell.append(f"\n{_interval(score, digits)}", style="not bold dim")
             cells.append(cell)
         table.add_row(Text(arm), *cells, end_section=index == len(read) - 1)
     if keys:
@@ -171,8 +182,9 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-_TELLING = {"no groups", "only one group", "no resamples"}
-"""Reasons for missing intervals that concern the whole evaluation and that its reader can change."""
+def _is_telling(reason: str) -> bool:
+    """Whether a reason for missing intervals concerns the whole evaluation, so that its reader can change it."""
+    return reason in ("no groups", "no resamples") or reason.startswith("only ")
 
 
 def _noted(table: Table, notes: Sequence[str]) -> Table:
@@ -185,7 +197,30 @@ def _noted(table: Table, notes: Sequence[str]) -> Table:
 
 def _table(title: str | None) -> Table:
     shown = None if title is None else Text(title, style="bold")
-    return Table(title=shown, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    return Table(
+        title=shown,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def _heading(task: str, name: str) -> Text:
+    # Words of their own, so that a narrow terminal breaks the heading between them and cuts none.
+    return Text(f"{task} {name}".strip().replace("_", " "))
+
+
+def _count_headings(scores: Sequence[Score]) -> list[str]:
+    return ["n", "groups"] if any(score.groups is not None for score in scores) else ["n"]
+
+
+def _counts(scores: Sequence[Score]) -> list[str]:
+    """Texts of the largest number of samples and of groups: labels may be missing for some of the scores."""
+    samples = [score.n for score in scores if score.n is not None]
+    groups = [score.groups for score in scores if score.groups is not None]
+    return [_count(max(samples, default=None)), _count(max(groups, default=None))]
 
 
 def _value(score: Score, digits: int) -> Text:

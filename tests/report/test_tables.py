@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from affect.errors import DataError
-from affect.report import comparison_table, markdown, markdown_table, results_table, subgroup_table
+from affect.report import comparison_table, markdown, markdown_table, results_table, subgroup_table, subgroup_tables
 from tests.report.sample_records import ALIGNMENT, AU, record
 
 
-def shown(table: Table) -> str:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+def shown(table: Table, width: int = 160) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(table)
     return console.export_text()
 
@@ -24,16 +24,66 @@ def rows(text: str) -> list[list[str]]:
 
 def test_results_table_holds_every_number():
     table = rows(markdown(results_table([*AU, *ALIGNMENT])))
-    assert table[0] == ["task", "metric", "value", "95 % interval", "best constant", "n"]
-    assert table[2] == ["au", "f1/AU1", "0.300 !", "[0.200, 0.410]", "0.450", "812"]
-    assert table[3] == ["", "f1/AU12", "**0.800**", "[0.750, 0.850]", "0.600", "1,812"]
-    assert table[4] == ["", "f1/AU45", "–", "–", "–", "0"]
-    assert table[6] == ["landmarks", "nme", "**4.250**", "[4.000, 4.500]", "9.500", "100"]
-    assert table[8] == ["", "skipped", "3", "–", "–", "100"]
+    assert table[0] == ["metric", "value", "95 % interval", "constant", "n"]
+    assert table[2] == ["**au**", "", "", "", ""]
+    assert table[3] == ["f1/AU1", "0.300 !", "[0.200, 0.410]", "0.450", "812"]
+    assert table[4] == ["f1/AU12", "**0.800**", "[0.750, 0.850]", "0.600", "1,812"]
+    assert table[5] == ["f1/AU45", "–", "–", "–", "0"]
+    assert table[7] == ["**landmarks**", "", "", "", ""]
+    assert table[8] == ["nme", "**4.250**", "[4.000, 4.500]", "9.500", "100"]
+    assert table[10] == ["skipped", "3", "–", "–", "100"]
 
 
-def test_one_task_needs_no_task_column():
-    assert rows(markdown_table(AU))[0] == ["metric", "value", "95 % interval", "best constant", "n"]
+def test_one_task_needs_no_heading_of_its_own():
+    assert rows(markdown_table(AU))[2][0] == "f1/AU1"
+
+
+def test_groups_stand_beside_n_and_too_few_give_no_interval():
+    few = [record("f1/mean", 0.5, n=1200, groups=3, reason="only 3 groups")]
+    table = rows(markdown_table(few))
+    assert table[0][-2:] == ["n", "groups"]
+    assert table[2][-2:] == ["1,200", "3"]
+    assert table[2][2] == "–"
+    assert "no interval: only 3 groups" in markdown_table(few)
+    by_group = rows(markdown(subgroup_table([*few, record("f1/mean", 0.4, subgroup="g=1", n=9, groups=2)])))
+    assert by_group[0] == ["subgroup", "n", "groups", "f1/mean"]
+    assert by_group[3] == ["g=1", "9", "2", "0.400"]
+
+
+WIDE = {"constant": -0.125, "n": 16_000, "groups": 1_000}
+
+
+def test_a_terminal_of_80_columns_cuts_and_wraps_nothing():
+    records = [
+        record("mean_class_accuracy", -0.3, -0.127, 1.0, task="valence_arousal", **WIDE),
+        record("accuracy", 0.8, 0.7, 0.9, task="expression", **WIDE),
+    ]
+    lines = shown(results_table(records), width=80).splitlines()
+    [line] = [line for line in lines if "mean_class_accuracy" in line]
+    assert line.split() == ["mean_class_accuracy", "−0.300", "!", "[−0.127,", "1.000]", "−0.125", "16,000", "1,000"]
+    assert "…" not in "".join(lines)
+    arms = {"initialised": records, "from scratch": records}
+    text = shown(comparison_table(arms), width=80)
+    assert "…" not in text
+    assert text.count("[−0.127, 1.000]") == 2
+
+
+def test_subgroups_have_one_narrow_table_per_task():
+    names = ["accuracy", "mean_class_accuracy", "f1/macro", "kappa", "cross_entropy", "f1/happiness"]
+    records = [
+        record(name, 0.5, subgroup=group, task="expression", higher_is_better=name != "cross_entropy", **WIDE)
+        for group in (None, "subject=12", "subject=13")
+        for name in names
+    ]
+    records += [record("nme", 4.0, subgroup=g, task="landmarks", higher_is_better=False) for g in (None, "subject=12")]
+    expression, landmarks = subgroup_tables(records)
+    assert rows(markdown(expression))[0][3:] == ["accuracy", "mean class accuracy", "f1/macro", "kappa"]
+    assert rows(markdown(landmarks))[0] == ["subgroup", "n", "nme"]
+    text = shown(expression, width=80)
+    assert "expression by subgroup" in text
+    assert "…" not in text
+    for word in ("subject=12", "16,000", "1,000", "class", "accuracy"):
+        assert word in text
 
 
 def test_notes_explain_marks_and_missing_intervals():
