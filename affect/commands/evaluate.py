@@ -17,7 +17,7 @@ from affect.data.images import Source
 from affect.errors import CheckpointError, ConfigError
 from affect.geometry import CropRecipe
 from affect.release import Release, build_model, build_tasks, check_config, read_release
-from affect.report import environment, results_table, write_json
+from affect.report import environment, results_table, subgroup_tables, write_json
 from affect.tasks import Task
 
 PARTS = ("train", "validation", "test", "all")
@@ -63,9 +63,8 @@ def run(config: DictConfig) -> None:
     write_json(out / "results.json", results)
     console.print(results_table([r for r in records if not r.get("subgroup")], f"{name}, {config.part} part"))
     if group_by:
-        from affect.report import subgroup_table
-
-        console.print(subgroup_table(records))
+        for subgroups in subgroup_tables(records):
+            console.print(subgroups)
     console.print(f"[bold]{out}[/bold]: results.json, predictions/{config.part}.parquet")
 
 
