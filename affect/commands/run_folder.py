@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,37 +20,54 @@ from pytorch_lightning.utilities import rank_zero_only
 from yaml import YAMLError
 
 from affect.commands.configuration import sweep_job
+from affect.data.images import Source
 from affect.errors import ConfigError
 from affect.files import replacing
+from affect.release import MODEL, read_release
 
-RESULTS, CONFIG, LOCK = "results.json", "config.yaml", "run.lock"
+RESULTS, CONFIG, CONTENTS, LOCK = "results.json", "config.yaml", "data.json", "run.lock"
 
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "reference", "trust", "group_by", "bootstrap", "hydra"),
-    *("callbacks.progress", "callbacks.last", "data.num_workers", "dataset.cache"),
+    *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder", "data.num_workers"),
+    *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
+    *("trainer.enable_*", "trainer.log_every_n_steps"),
 )
-"""Keys that cannot change what a training run computes."""
+"""Keys, or patterns of keys, that cannot change what a training run computes."""
 
 WRITTEN = frozenset(
-    (RESULTS, CONFIG, "last.ckpt", "best.safetensors", "compare.json")
+    (RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json")
     + ("predictions", "release", "figures", "csv", "tensorboard", "compare")
 )
 """Names that a run writes in its folder; nothing else there is ever removed."""
 
 
 def result_hash(config: DictConfig) -> str:
-    """Return 8 hex digits over all keys that can change the result, the seed excepted (it has its own folder)."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    for key in (*WITHOUT_EFFECT, "seed"):
-        _drop(plain, key.split("."))
+    """Return 8 hex digits over all keys that can change the result, the seed excepted (it has its own folder).
+
+    They are the same for a config as composed and as stored in its run: interpolations count as what they stand for.
+    """
+    plain = effective(config)
+    plain.pop("seed", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _drop(node: Any, keys: list[str]) -> None:  # noqa: ANN401
-    for key in keys[:-1]:
-        node = node.get(key) if isinstance(node, dict) else None
-    if isinstance(node, dict):
-        node.pop(keys[-1], None)
+def effective(config: DictConfig) -> dict[str, Any]:
+    """Return a config as plain data, resolved, without the keys that have no effect on the result."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    for pattern in WITHOUT_EFFECT:
+        _drop(plain, pattern.split("."))
+    return plain  # type: ignore[return-value]
+
+
+def _drop(node: Any, patterns: list[str]) -> None:  # noqa: ANN401
+    if not isinstance(node, dict):
+        return
+    for key in fnmatch.filter([key for key in node if isinstance(key, str)], patterns[0]):
+        if len(patterns) == 1:
+            del node[key]
+        else:
+            _drop(node[key], patterns[1:])
 
 
 def resolve_output(config: DictConfig) -> Path:
@@ -133,29 +151,57 @@ def _holds_run(folder: Path) -> bool:
     return isinstance(held, DictConfig) and {"task", "model", "trainer", "seed"} <= set(held)
 
 
-def same_run(folder: Path, config: DictConfig) -> None:
-    """Store the config of a new run, or check that a folder's run is the one that the config asks for.
+def contents(sources: Sequence[Source], init: str | None, trust: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return what a run was made of beyond its config: fingerprints of its tables and of the weights it starts from."""
+    tables = {source.name: source.table.fingerprint for source in sources}
+    if init is None:
+        return {"table": tables, "init": {}}
+    model = read_release(Path(init), list(trust)).folder / MODEL
+    return {"table": tables, "init": {init: hashlib.sha256(model.read_bytes()).hexdigest()[:16]}}
+
+
+def same_run(folder: Path, config: DictConfig, made_of: Mapping[str, Mapping[str, str]]) -> None:
+    """Check that the run that a folder holds, if any, is the one that the config and the data ask for.
+
+    A start that ended before its first checkpoint holds nothing.
+
+    Args:
+        folder: The run's folder.
+        config: The config of the run.
+        made_of: What ``contents`` returned.
 
     Raises:
-        ConfigError: If the folder holds another run; the message names the keys that differ.
+        ConfigError: If the folder holds another run; the message names what differs.
     """
-    path = folder / CONFIG
-    if path.is_file():
-        held = OmegaConf.load(path)
-        if not isinstance(held, DictConfig) or _identity(held) != _identity(config):
-            keys = differing(held, config) if isinstance(held, DictConfig) else []
-            raise ConfigError(
-                f"{folder} holds another run (differs in {', '.join(keys[:6]) or 'its config'}); "
-                "choose another paths.output, or force=true to replace it"
-            )
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in (RESULTS, "last.ckpt")):
         return
-    with replacing(path) as part:
+    held = OmegaConf.load(folder / CONFIG)
+    keys = differing(held, config) if isinstance(held, DictConfig) else ["its config"]
+    if keys:
+        raise ConfigError(
+            f"{folder} holds another run (differs in {', '.join(keys[:6])}); "
+            "choose another paths.output, or force=true to replace it"
+        )
+    path = folder / CONTENTS
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for kind, found in made_of.items():
+        for name, new in found.items():
+            old = stored.get(kind, {}).get(name, new)
+            if old != new:
+                raise ConfigError(
+                    f"{folder} holds a run on other data ({kind} {name}: {old} then, {new} now); "
+                    "choose another paths.output, or force=true to replace it"
+                )
+
+
+def store(folder: Path, config: DictConfig, made_of: Mapping[str, Mapping[str, str]]) -> None:
+    """Write down what the run in ``folder`` is, for ``same_run``; a continued run keeps what it stored."""
+    if (folder / CONFIG).is_file() and (folder / "last.ckpt").is_file():
+        return
+    with replacing(folder / CONTENTS) as part:
+        part.write_text(json.dumps(made_of, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with replacing(folder / CONFIG) as part:
         part.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-
-
-def _identity(config: DictConfig) -> str:
-    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    return f"{result_hash(resolved)}-{config.seed}"
 
 
 def differing(a: DictConfig, b: DictConfig) -> list[str]:
@@ -169,8 +215,5 @@ def differing(a: DictConfig, b: DictConfig) -> list[str]:
 
     sides = []
     for config in (a, b):
-        plain = OmegaConf.to_container(config, resolve=True)
-        for key in WITHOUT_EFFECT:
-            _drop(plain, key.split("."))
-        sides.append(flat(plain))
+        sides.append(flat(effective(config)))
     return sorted(key for key in set(sides[0]) | set(sides[1]) if sides[0].get(key) != sides[1].get(key))

@@ -17,9 +17,20 @@ from safetensors.torch import load_file
 
 from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, figures, inference
-from affect.commands.run_folder import RESULTS, clear, is_first_process, locked, resolve_output, result_hash, same_run
+from affect.commands.run_folder import (
+    RESULTS,
+    clear,
+    contents,
+    is_first_process,
+    locked,
+    resolve_output,
+    result_hash,
+    same_run,
+    store,
+)
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
+from affect.data.images import Source
 from affect.errors import ConfigError
 from affect.models.base import AffectModule
 from affect.release import with_statistics, write_release
@@ -46,13 +57,16 @@ def train(config: DictConfig, output: Path) -> float | None:
     console = Console()
     check_keys(config)
     with locked(output):
+        sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
+        made_of = contents(sources, config.init, list(config.trust))
+        if not config.force:
+            same_run(output, config, made_of)
         if (output / RESULTS).is_file() and not config.force:
-            same_run(output, config)
             results = read_json(output / RESULTS)
             console.print(f"finished before: {output} (force=true trains again)")
             print_results(console, results)
             return results["selection"]["score"]
-        return _train(config, output, console)
+        return _train(config, output, sources, made_of, console)
 
 
 def check_keys(config: DictConfig) -> None:
@@ -61,11 +75,12 @@ def check_keys(config: DictConfig) -> None:
         raise ConfigError(f"selection={config.selection}: write one of {', '.join(SELECTIONS)}")
 
 
-def _train(config: DictConfig, output: Path, console: Console) -> float | None:
+def _train(
+    config: DictConfig, output: Path, sources: list[Source], made_of: dict[str, dict[str, str]], console: Console
+) -> float | None:
     quiet()
     started = time.time()
     pl.seed_everything(int(config.seed), verbose=False)
-    sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
     tasks = assembly.build_tasks(config)
     objectives = assembly.make(config.objectives, "objectives") or {}
     schemes = tuple(sorted({s for o in objectives.values() for s in getattr(o, "schemes", ())}))
@@ -80,7 +95,7 @@ def _train(config: DictConfig, output: Path, console: Console) -> float | None:
     if is_first_process():
         if config.force:
             clear(output)
-        same_run(output, config)
+        store(output, config, made_of)
     print_summary(console, summary, output)
     last = output / LAST
     resumed = str(last) if last.is_file() and not config.force else None
@@ -188,7 +203,7 @@ def finish(
         "dataset": config.dataset.name,
         "label_source": [source.table.metadata.get("label_source", "") for source in datamodule.sources],
         "seed": int(config.seed),
-        "hash": result_hash(OmegaConf.create(OmegaConf.to_container(config, resolve=True))),
+        "hash": result_hash(config),
         "protocol": OmegaConf.to_container(config.protocol, resolve=True),
         "selection": selection,
         "metrics": metrics,

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from affect.commands import evaluate, train
 from affect.commands.inference import table_metrics
-from affect.commands.run_folder import clear, locked, resolve_output, result_hash
+from affect.commands.run_folder import clear, locked, resolve_output, result_hash, same_run, store
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, ConfigError, DataError
 from affect.release import build_model, build_tasks, read_release
@@ -110,6 +110,33 @@ def test_a_folder_with_another_run_is_refused_by_the_keys_that_differ(finished: 
         train.train(config, finished)
 
 
+def test_a_run_on_labels_that_changed_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text('{"table": {"faces": "0123"}, "init": {}}')
+    config = OmegaConf.load(finished / "config.yaml")
+    with pytest.raises(ConfigError, match=r"on other data \(table faces: 0123 then, [0-9a-f]{16} now\)"):
+        train.train(config, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(ConfigError, match="on other data"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_start_that_came_to_nothing_does_not_hold_its_folder(
+    tiny_run: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    store(tmp_path, tiny_run("optimizer.lr=0.5"), {})
+    same_run(tmp_path, tiny_run(), {})
+    store(tmp_path, tiny_run(), {})
+    assert OmegaConf.load(tmp_path / "config.yaml").optimizer.lr == tiny_run().optimizer.lr
+
+
+def test_the_hash_of_a_run_is_that_of_its_folder_and_of_its_stored_config(
+    finished: Path, tiny_run: Callable[..., DictConfig]
+) -> None:
+    assert results(finished)["hash"] == result_hash(tiny_run())
+    assert result_hash(OmegaConf.load(finished / "config.yaml")) == result_hash(tiny_run())
+
+
 def test_a_running_run_is_refused(finished: Path) -> None:
     config = OmegaConf.load(finished / "config.yaml")
     with locked(finished), pytest.raises(ConfigError, match="another process is running it"):
@@ -198,6 +225,10 @@ def test_the_folder_depends_on_what_can_change_the_result(tiny_run: Callable[...
     assert result_hash(tiny_run("data.num_workers=3")) == base
     assert result_hash(tiny_run("seed=7")) == base
     assert result_hash(tiny_run(output="elsewhere")) == base
+    assert result_hash(tiny_run("paths.cache=/elsewhere", "dataset.cache=null")) == base
+    assert result_hash(tiny_run("logger=csv", "trainer.log_every_n_steps=7")) == base
+    assert result_hash(tiny_run("trainer.enable_model_summary=true")) == base
+    assert result_hash(tiny_run("callbacks.best.folder=/elsewhere")) == base
     assert result_hash(tiny_run("optimizer.lr=0.5")) != base
     assert result_hash(tiny_run("dataset.seed=3")) != base
 
