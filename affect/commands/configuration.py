@@ -448,6 +448,8 @@ def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequen
     elsewhere = [full for full, _ in leaves(config) if full.rpartition(".")[2] == parts[-1]]
     if elsewhere and not known:
         hint = f"did you mean {' or '.join(elsewhere[:3])}?"
+    elif not known and wrong in groups:
+        hint = f"no {wrong} is chosen here; choose one too: {wrong}=<name>"
     elif options:
         hint = near(wrong, options)
     else:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,61 +14,117 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from affect.commands import assembly, inference
-from affect.commands.run_folder import CONFIG
+from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import quiet
+from affect.data.datamodule import ALL
 from affect.data.images import Source
+from affect.data.protocol import TEST
 from affect.errors import CheckpointError, ConfigError
 from affect.geometry import CropRecipe
-from affect.release import Release, build_model, build_tasks, check_config, read_release
-from affect.report import environment, results_table, subgroup_tables, write_json
+from affect.metrics import F1
+from affect.release import MODEL, Release, build_model, build_tasks, check_config, read_release
+from affect.report import environment, read_json, results_table, subgroup_tables, write_json
 from affect.tasks import Task
 
 PARTS = ("train", "validation", "test", "all")
 
 
 def run(config: DictConfig) -> None:
-    """Write predictions and metrics of ``checkpoint`` on ``part`` of ``dataset`` and print the table."""
+    """Write predictions and metrics of ``checkpoint`` on a part of ``dataset`` and print the table."""
     quiet()
+    started = time.time()
     console = Console()
-    if config.part not in PARTS:
+    if config.part not in (None, *PARTS):
         raise ConfigError(f"part={config.part}: write one of {', '.join(PARTS)}")
     trust = list(config.trust)
     release = read_release(Path(config.checkpoint).expanduser(), trust)
     settings = data_settings(config, release, trust)
     described = release.preprocess.get("recipe")
     sources = assembly.build_sources(settings, CropRecipe.read(described) if described else None)
-    tasks = usable_tasks(build_tasks(release), sources, release, console)
+    part = config.part or default_part(settings, stored_run(release, trust), sources)
+    offered = build_tasks(release)
+    tasks = usable_tasks(offered, sources, release, console)
+    if "f1_empty" in (config.get("protocol") or {}):
+        score_empty_outputs(tasks, float(settings.protocol.f1_empty))
     module = build_model(release, build_tasks(release))
-    module.tasks = tasks
     image_size = int(release.preprocess["image_size"])
     datamodule = assembly.build_datamodule(settings, sources, tasks, image_size)
     datamodule.setup("test")
-    loader = datamodule.part_dataloader(config.part)
+    loader = datamodule.part_dataloader(part)
+    summary = datamodule.summary()
+    total = sum(len(source.table) for source in sources)
+    numbers = summary["parts"][part]
+    console.print(f"part {part}: {numbers['rows']} rows of {total}, {numbers['groups']} groups")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values, index, rows = inference.predict_values(module, loader, device, f"predicting {config.part}")
+    values, index, rows = inference.predict_values(module, loader, device, f"predicting {part}", tasks)
     group_by = list(config.group_by)
     table = inference.predictions_table(sources, tasks, values, index, rows, settings.protocol.get("group"), group_by)
     records = inference.table_metrics(table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by)
 
-    name = settings.dataset.name
-    out = Path(config.out) if config.out else Path(config.checkpoint) / "evaluate" / f"{name}-{config.part}"
-    table.to_parquet(out / "predictions" / f"{config.part}.parquet")
+    out = Path(config.out) if config.out else Path(config.checkpoint) / "evaluate" / f"{data_name(settings)}-{part}"
+    table.to_parquet(out / "predictions" / f"{part}.parquet")
     results: dict[str, Any] = {
         "checkpoint": str(config.checkpoint),
-        "dataset": name,
-        "part": config.part,
+        "sha256": hashlib.sha256((release.folder / MODEL).read_bytes()).hexdigest(),
+        "selection": selection_of_run(release),
+        "dataset": settings.dataset.name,
+        "dataset_config": OmegaConf.to_container(settings.dataset, resolve=True),
+        "label_source": [source.table.metadata.get("label_source", "") for source in sources],
+        "part": part,
         "protocol": OmegaConf.to_container(settings.protocol, resolve=True),
-        "metrics": {config.part: records},
-        "data": datamodule.summary(),
+        "bootstrap": OmegaConf.to_container(config.bootstrap, resolve=True),
+        "tasks_left_out": sorted(offered.keys() - tasks.keys()),
+        "metrics": {part: records},
+        "data": summary,
         "preprocess": release.preprocess,
         "environment": environment(),
+        "seconds": time.time() - started,
     }
     write_json(out / "results.json", results)
-    console.print(results_table([r for r in records if not r.get("subgroup")], f"{name}, {config.part} part"))
+    shown = [record for record in records if not record.get("subgroup")]
+    console.print(results_table(shown, f"{settings.dataset.name}, {part} part"))
     if group_by:
         for subgroups in subgroup_tables(records):
             console.print(subgroups)
-    console.print(f"[bold]{out}[/bold]: results.json, predictions/{config.part}.parquet")
+    console.print(f"[bold]{out}[/bold]: results.json, predictions/{part}.parquet")
+
+
+def default_part(settings: DictConfig, stored: DictConfig | None, sources: Sequence[Source]) -> str:
+    """Return the part where the command line names none: ``test``, but ``all`` of another set without a test part.
+
+    Args:
+        settings: Nodes ``dataset`` and ``protocol`` of the evaluation.
+        stored: Those of the run that made the checkpoint; rows of the same set may have trained it.
+        sources: The dataset.
+    """
+    if stored is not None and all(settings.dataset.get(key) == stored.dataset.get(key) for key in ("name", "table")):
+        return TEST
+    wanted = TEST if settings.protocol.get("test") is None else settings.protocol.get("test")
+    official = any("part" in s.table.names and wanted in s.table.codes("part")[1] for s in sources)
+    return TEST if official else ALL
+
+
+def data_name(settings: DictConfig) -> str:
+    """Return the dataset's name, with that of the user's table where it reads one."""
+    table = settings.dataset.get("table")
+    return f"{settings.dataset.name}-{Path(table).stem}" if table else str(settings.dataset.name)
+
+
+def score_empty_outputs(tasks: Mapping[str, Task], value: float) -> None:
+    """Let every F1 of ``tasks`` give ``value`` to an output without positives and without predictions."""
+    for metric in (metric for task in tasks.values() for metric in task.metrics):
+        if isinstance(metric, F1):
+            metric.empty = value
+
+
+def selection_of_run(release: Release) -> dict[str, Any] | None:
+    """Return what selected the weights, as the run that the release lies in noted it; None without a run."""
+    path = release.folder.parent / RESULTS
+    try:
+        results = read_json(path) if path.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from error
+    return results.get("selection") if isinstance(results, dict) else None
 
 
 def data_settings(config: DictConfig, release: Release, trust: list[str]) -> DictConfig:
@@ -75,15 +134,23 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     """
     settings = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
     OmegaConf.set_struct(settings, False)
+    settings.encoder = {
+        "image_size": release.preprocess["image_size"]
+    }  # what a crop recipe of the config tree asks for
     stored = stored_run(release, trust)
     if not settings.get("dataset"):
         if stored is None:
             raise ConfigError(f"checkpoint={config.checkpoint} is a release without its run: name a dataset=…")
-        settings.dataset, settings.data.limit = stored.dataset, stored.data.limit
+        settings.dataset = stored.dataset
+        if settings.data.limit is None:
+            settings.data.limit = stored.data.limit
+    elif not (settings.dataset.get("read") or settings.dataset.get("sources")):
+        raise ConfigError(f"dataset.{next(iter(settings.dataset))}: name the dataset too (dataset=<name>)")
+    if stored is not None:
+        # A part of the protocol (+protocol.test=1) changes the run's; a whole one (protocol=default) replaces it.
+        settings.protocol = OmegaConf.merge(stored.protocol, settings.get("protocol") or {})
     if not settings.get("protocol"):
-        if stored is None:
-            raise ConfigError("name a protocol=… (e.g. protocol=default)")
-        settings.protocol = stored.protocol
+        raise ConfigError("name a protocol=… (e.g. protocol=default)")
     recipe = release.preprocess.get("recipe")
     given = assembly.make(settings.get("prepare"), "prepare")
     if given is not None and recipe is not None and given.describe() != recipe:

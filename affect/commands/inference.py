@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,14 +31,19 @@ CLASSES_BY_SOURCE = "expressions_by_source"
 
 
 def predict_values(
-    module: AffectModule, loader: torch.utils.data.DataLoader, device: torch.device, title: str
+    module: AffectModule,
+    loader: torch.utils.data.DataLoader,
+    device: torch.device,
+    title: str,
+    tasks: Collection[str] | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Return values by task, source index and row of each sample, in loader order, with a progress bar.
 
     Landmarks are in pixels of the stored image, and the roll of a head is that in it, after undoing the crop.
+    ``tasks`` names those whose values are wanted; None wants all of the module's.
     """
     module.eval().to(device)
-    values: dict[str, list[np.ndarray]] = {name: [] for name in module.tasks}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in module.tasks if tasks is None or name in tasks}
     sources, rows = [], []
     with torch.inference_mode():
         for batch in tqdm(loader, desc=title, leave=False, unit="batch"):
@@ -46,8 +51,8 @@ def predict_values(
             matrices = batch.matrix.numpy().astype(np.float64)
             inverse, degrees, flipped = invert(matrices), turned(matrices), batch.flipped.numpy()
             height, width = batch.image.shape[-2:]
-            for name, value in predicted.items():
-                array = value.cpu().numpy()
+            for name in values:
+                array = predicted[name].cpu().numpy()
                 if module.tasks[name].landmark_scheme is not None:
                     pixels = array.astype(np.float64) * [width, height] - 0.5
                     array = transform_points(inverse, pixels).astype(np.float32)
