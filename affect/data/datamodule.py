@@ -315,6 +315,10 @@ class FaceDataModule(pl.LightningDataModule):
                 except DataError as error:
                     raise DataError(f"{source.name}, task {name}: {error}") from error
         for source in self.sources:
+            for note in self._label_notes(source):
+                _log.warning("%s", note)
+                self.notes.append(note)
+        for source in self.sources:
             rows = np.arange(len(source.table))
             usable = croppable(source.table, source.recipe, rows)
             if not usable.any():
@@ -325,6 +329,16 @@ class FaceDataModule(pl.LightningDataModule):
                 reason = f"no {source.recipe.needs} to crop by"
                 self._dropped[reason] = self._dropped.get(reason, 0) + int((~usable).sum())
         self._bound = True
+
+    def _label_notes(self, source: Source) -> list[str]:
+        """Return sentences on rows that count otherwise than a reader of results would expect."""
+        where = f"{source.name}: " if len(self.sources) > 1 else ""
+        column = self.protocol.group or source.group
+        alone = source.table.column(column).null_count if column in source.table.names else 0
+        notes = [f"{where}{alone} rows without {column} are groups of their own"] if alone else []
+        return notes + [
+            f"{where}task {n}: {note}" for n, task in self.tasks.items() for note in task.notes(source.table)
+        ]
 
     def _parts(self) -> dict[str, list[np.ndarray]]:
         """Return the rows of each part by source, before ``limit``."""

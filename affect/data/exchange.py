@@ -6,7 +6,8 @@ One column per number. Lists of fixed size are spread over columns that say what
     landmarks_68   →  landmarks_68_x0, landmarks_68_y0, landmarks_68_x1, …, landmarks_68_y67
     box            →  box_x1, box_y1, box_x2, box_y2
 
-A missing label is an empty cell (``NA``, ``NaN``, ``null`` and ``None`` are read as empty in columns of numbers).
+A missing label is an empty cell. ``NA``, ``NaN``, ``null`` and ``None`` are read as empty in columns of numbers alone:
+in a column of text they may be names.
 UTF-8 with or without a byte order mark, any line ending, and comma, semicolon or tab as separator are read.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
 from affect import labels
@@ -122,17 +124,21 @@ def _cell_type(name: str) -> pa.DataType | None:
 
 
 def _parse(path: Path, names: list[str], delimiter: str, kinds: dict[str, pa.DataType]) -> pa.Table:
-    return pa_csv.read_csv(
+    table = pa_csv.read_csv(
         path,
         read_options=pa_csv.ReadOptions(column_names=names, skip_rows=1),
         parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa_csv.ConvertOptions(
             column_types={name: kind for name, kind in kinds.items() if not pa.types.is_fixed_size_list(kind)},
             null_values=list(NULLS),
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
+            strings_can_be_null=False,
         ),
     )
+    for k, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            empty = pc.equal(table[k], "")
+            table = table.set_column(k, field.name, pc.if_else(empty, pa.scalar(None, field.type), table[k]))
+    return table
 
 
 def _explain(path: Path, names: list[str], delimiter: str, kinds: dict[str, pa.DataType], error: Exception) -> None:

@@ -145,6 +145,10 @@ class Task(ABC):
     def check(self, source: Columns) -> None:  # noqa: B027 - a task without a range has nothing to check
         """Raise ``DataError`` if a label lies outside its range, naming column, first row and value."""
 
+    def notes(self, source: Columns) -> list[str]:
+        """Return what readers of results have to know of the table's labels, one sentence each."""
+        return []
+
     def flip(self, encoded: Encoded) -> Encoded:
         """Return the targets of the mirrored images."""
         return encoded

@@ -136,6 +136,7 @@ class Expression(Task):
     """One of C classes, or a distribution over them, represented by logits.
 
     A class that a table's source can never label takes no part in the softmax of its rows: the mask is False there.
+    A row's named class comes before its distribution (``expression_<class>``), which counts where no class is named.
 
     Args:
         classes: Class names in output order, a key of ``labels.EXPRESSION_ORDERS``, or None for the order that the
@@ -147,6 +148,7 @@ class Expression(Task):
 
     def __init__(self, classes: Sequence[str] | str | None = None, **common: Any) -> None:  # noqa: ANN401
         super().__init__(**common)
+        self._open = classes is None
         if isinstance(classes, str):
             require_known([classes], labels.EXPRESSION_ORDERS, "expression order")
             classes = labels.EXPRESSION_ORDERS[classes]
@@ -186,32 +188,52 @@ class Expression(Task):
     def encode(self, source: Columns, rows: np.ndarray | None = None) -> Encoded:
         classes = self.outputs
         possible = np.array([name in source.expressions for name in classes])
-        if "expression" in source.names:
-            named, valid = source.strings("expression", rows)
+        if "expression" not in source.names:
+            target, valid = self._distribution(source, rows)
+        else:
+            named, given = source.strings("expression", rows)
             index = {name: k for k, name in enumerate(classes)}
             found, inverse = np.unique(named.astype(str), return_inverse=True)
-            where = np.array([index.get(name, -1) for name in found])[inverse]
-            valid = valid & (where >= 0)
+            where = np.array([index.get(name, -1) for name in found], np.int64)[inverse]
+            valid = given & (where >= 0)
             target = np.zeros((len(named), len(classes)), np.float32)
             target[np.flatnonzero(valid), where[valid]] = 1
-        else:
-            read = [
-                source.numbers(labels.expression_column(name), rows)
-                for name in classes
-                if labels.expression_column(name) in source.names
-            ]
-            size = len(read[0][0]) if read else len(source.strings("image", rows)[0])
-            target = np.zeros((size, len(classes)), np.float32)
-            valid = np.zeros(size, bool)
-            present = [k for k, name in enumerate(classes) if labels.expression_column(name) in source.names]
-            for k, (value, known) in zip(present, read, strict=True):
-                target[:, k] = np.where(known, value, 0)
-                valid |= known
-            total = target.sum(1, keepdims=True)
-            valid &= total[:, 0] > 0
-            target = np.divide(target, total, out=np.zeros_like(target), where=total > 0)
+            unnamed = np.flatnonzero(~given)
+            if len(unnamed):
+                target[unnamed], valid[unnamed] = self._distribution(
+                    source, unnamed if rows is None else np.asarray(rows)[unnamed]
+                )
         mask = valid[:, None] & possible[None]
         return Encoded(target * valid[:, None], mask)
+
+    def _distribution(self, source: Columns, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shares of the classes ``(N, C)`` in columns ``expression_<class>``, and where there are any."""
+        columns = [(k, labels.expression_column(name)) for k, name in enumerate(self.outputs)]
+        read = {k: source.numbers(column, rows) for k, column in columns if column in source.names}
+        size = len(next(iter(read.values()))[0]) if read else len(source.strings("image", rows)[0])
+        target = np.zeros((size, len(columns)), np.float32)
+        for k, (value, known) in read.items():
+            target[:, k] = np.where(known, value, 0)
+        total = target.sum(1, keepdims=True)
+        return np.divide(target, total, out=np.zeros_like(target), where=total > 0), total[:, 0] > 0
+
+    def notes(self, source: Columns) -> list[str]:
+        found = []
+        if "expression" in source.names:
+            named, valid = source.strings("expression")
+            names, counts = np.unique(named[valid].astype(str), return_counts=True)
+            foreign = {n: c for n, c in zip(names.tolist(), counts.tolist(), strict=True) if n not in self.outputs}
+            if foreign:
+                listed = ", ".join(f"{name} {count}" for name, count in foreign.items())
+                found.append(f"{sum(foreign.values())} rows have an expression that is no class of the task ({listed})")
+        usual = {*labels.EXPRESSION_ORDERS["affectnet8"], labels.OTHER}
+        if self._open:
+            found += [
+                f"expression {name!r} is taken for a class of its own; {near(name, usual)}"
+                for name in self.outputs
+                if name not in usual and name in source.expressions
+            ]
+        return found
 
     def check(self, source: Columns) -> None:
         for name in self.columns(source.names):

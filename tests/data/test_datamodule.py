@@ -391,3 +391,12 @@ def test_rows_of_a_part_that_nobody_uses_are_counted():
         "test": 12,
     }
     assert summary["skipped"] == {"part neither trains, selects nor tests": 12}
+
+
+def test_rows_without_a_subject_and_of_foreign_classes_are_noted():
+    subjects = [f"s{k}" if k < 40 else None for k in range(48)]
+    table = samples.table(48).with_columns({"subject": subjects})
+    tasks = {"expression": Expression(["neutral", "happiness"])}
+    notes = module([source(table=table)], tasks=tasks).summary()["notes"]
+    assert "8 rows without subject are groups of their own" in notes
+    assert any(note.startswith("task expression: ") and "(sadness " in note for note in notes)

@@ -203,6 +203,15 @@ def test_parquet_and_csv_round_trips(tmp_path):
         assert text.arrow[name].equals(faces.arrow[name]), name
 
 
+def test_only_empty_cells_of_text_are_missing(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("image,subject,valence,site\na,NA,NA,None\nb,,,\nc,None,0.5,x\n")
+    faces = FaceTable.read_csv(path)
+    assert faces.column("subject").to_pylist() == ["NA", None, "None"]
+    assert faces.column("valence").to_pylist() == [None, None, 0.5]
+    assert faces.column("site").to_pylist() == ["None", None, "x"]
+
+
 def test_csv_of_missing_points_and_of_foreign_lists(tmp_path):
     points = pa.array([[1.0, 2.0] * 4 + [None, None], None], pa.list_(pa.float32(), 10))
     faces = FaceTable.from_columns({"image": ["a", "b"], "landmarks_5": points})

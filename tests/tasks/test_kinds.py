@@ -152,6 +152,27 @@ def test_a_distribution_over_classes_sums_to_one() -> None:
     assert mask.any(1).tolist() == [True, False, False]
 
 
+def test_a_row_without_a_named_class_has_its_distribution() -> None:
+    faces = table(
+        expression=["fear", None, None], expression_fear=[0.0, 1.0, None], expression_happiness=[1.0, 3.0, None]
+    )
+    task = tasks.Expression(classes=["happiness", "fear"])
+    target, mask = task.encode(faces)
+    assert target.tolist() == [[0, 1], [0.75, 0.25], [0, 0]]
+    assert mask.any(1).tolist() == [True, True, False]
+    assert task.encode(faces, np.array([1, 0])).target.tolist() == [[0.75, 0.25], [0, 1]]
+
+
+def test_rows_of_foreign_and_of_unusual_classes_are_noted() -> None:
+    faces = table(expression=["fear", "hapiness", "hapiness", "3", None])
+    closed = tasks.Expression(classes=["fear", "3"])
+    assert closed.notes(faces) == ["2 rows have an expression that is no class of the task (hapiness 2)"]
+    free = tasks.Expression()
+    free.bind([faces])
+    assert any("'hapiness' is taken for a class of its own; did you mean happiness" in n for n in free.notes(faces))
+    assert any("'3' is taken for a class of its own; known: " in note for note in free.notes(faces))
+
+
 def test_flipping_pose_turns_yaw_and_roll() -> None:
     encoded = tasks.Encoded(np.array([[1.0, 2, 3]], np.float32), np.ones((1, 3), bool))
     assert tasks.HeadPose().flip(encoded).target.tolist() == [[1, -2, -3]]
