@@ -43,10 +43,10 @@ class Score:
         high: Upper end of its interval, NaN if there is none.
         constant: The best constant predictor's number on the same rows, NaN if unknown.
         n: Number of samples behind it, None if the record does not say.
-        groups: Number of groups (subjects, videos) behind it, None if the record does not say.
         higher_is_better: Direction of the metric.
         subgroup: Readable name of the subgroup, empty for all rows together.
         reason: Why there is no interval, empty if there is one or if the record does not say.
+        groups: Number of groups (subjects, videos) behind it, None if the record does not say.
     """
 
     task: str
@@ -57,10 +57,10 @@ class Score:
     high: float = math.nan
     constant: float = math.nan
     n: int | None = None
-    groups: int | None = None
     higher_is_better: bool = True
     subgroup: str = ""
     reason: str = ""
+    groups: int | None = None
 
     @property
     def name(self) -> str:
@@ -118,10 +118,10 @@ def read_score(record: Record) -> Score:
         high=_number(record, name, "high"),
         constant=_number(record, name, "constant"),
         n=_whole(record, name, "n"),
-        groups=_whole(record, name, "groups"),
         higher_is_better=record.get("higher_is_better") is not False,
         subgroup=subgroup_name(record.get("subgroup")),
         reason=str(record.get("reason") or ""),
+        groups=_whole(record, name, "groups"),
     )
 
 

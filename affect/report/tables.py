@@ -145,8 +145,11 @@ def comparison_table(
     several = len({task for task, _ in keys}) > 1
     table = _table(title)
     table.add_column("arm")
-    for task, name in keys:
-        table.add_column(_heading(task if several else "", name), justify="right")
+    for key in keys:
+        shown = [_interval(scores[key], digits) for scores in read.values() if key in scores]
+        # The heading may break between its words, an interval may not.
+        widest = max(map(len, shown), default=None)
+        table.add_column(_heading(key[0] if several else "", key[1]), justify="right", min_width=widest)
     best = {key: _best([scores[key] for scores in read.values() if key in scores], digits) for key in keys}
     for index, (arm, scores) in enumerate(read.items()):
         cells = []
