@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from rich.console import Console
 from torch import nn
 
 from affect.errors import CheckpointError
+from affect.geometry import CropRecipe
 from affect.models.base import AffectModule
 from affect.release import MODEL, Release, build_model, build_tasks, read_release
 
 
-def apply_starting_point(module: AffectModule, init: str, trust: list[str], console: Console) -> dict[str, Any]:
+def apply_starting_point(
+    module: AffectModule, init: str, trust: list[str], console: Console, recipe: CropRecipe | None
+) -> dict[str, Any]:
     """Load into ``module`` every tensor of a release that fits, and each head output whose label name matches.
 
     Args:
@@ -24,33 +28,77 @@ def apply_starting_point(module: AffectModule, init: str, trust: list[str], cons
         init: Folder of a run or of a release.
         trust: Packages whose classes the release may name.
         console: Where the summary is printed.
+        recipe: How the new run crops faces; None for whole images.
 
     Returns:
-        Origin, hash, and what was taken, new and dropped, for the results file.
+        Origin, hash, what was taken, new and dropped, and what differs in preprocessing, for the results file.
 
     Raises:
         CheckpointError: If the release cannot be read, or nothing of its encoder fits.
     """
-    release = read_release(Path(init), trust)
+    release = read_release(Path(init).expanduser(), trust, "init")
     source = build_model(release, build_tasks(release))
     outputs = transfer_heads(source, release, module)
     tensors = transfer_tensors(source, module)
     encoders = [name for name, _ in module.encoder_modules()]
     if encoders and not any(key.startswith(tuple(f"{name}." for name in encoders)) for key in tensors["taken"]):
+        keys = encoder_keys(release)
+        hint = f" ({keys})" if keys else ""
         raise CheckpointError(
-            f"init={init}: no tensor of its encoder fits; give the encoder that it was trained with "
-            f"(encoder.name={release.config['model'].get('encoder', {}).get('name')})"
+            f"init={init}: no tensor of its encoder fits; give the encoder that it was trained with{hint}"
         )
+    differing = preprocess_differences(release.preprocess, module, recipe)
     summary = {
         "origin": str(init),
         "sha256": hashlib.sha256((release.folder / MODEL).read_bytes()).hexdigest(),
         "tensors": {key: len(names) for key, names in tensors.items()},
         "outputs": outputs,
+        "preprocess": differing,
     }
     console.print(f"init from {init}: " + ", ".join(f"{len(names)} tensors {key}" for key, names in tensors.items()))
     for task, found in outputs.items():
         console.print(f"  {task}: " + "; ".join(f"{key} {', '.join(names)}" for key, names in found.items() if names))
+    for line in differing:
+        console.print(f"  other preprocessing: {line}")
     return summary
+
+
+def encoder_keys(release: Release) -> str:
+    """Return the settings of the command line that choose the encoder of a release; empty without such a node."""
+    node = release.config["model"].get("encoder")
+    if not isinstance(node, dict):
+        return ""
+    given = {key: node[key] for key in ("name", "image_size", "output") if node.get(key) is not None}
+    return " ".join(["encoder=timm", *(f"encoder.{key}={value}" for key, value in given.items())])
+
+
+def preprocess_differences(preprocess: Mapping[str, Any], module: AffectModule, recipe: CropRecipe | None) -> list[str]:
+    """Return a line for each thing in which a release and a new run prepare images differently.
+
+    Args:
+        preprocess: What the release says.
+        module: The new model, whose first encoder names image size, mean and standard deviation.
+        recipe: How the new run crops faces.
+    """
+    encoder = next((encoder for _, encoder in module.encoder_modules()), None)
+    new = {key: getattr(encoder, key, None) for key in ("image_size", "mean", "std")}
+    lines = [
+        f"{key} {_shown(preprocess[key])}, here {_shown(value)}"
+        for key, value in new.items()
+        if preprocess.get(key) and value is not None and _shown(preprocess[key]) != _shown(value)
+    ]
+    before, after = preprocess.get("recipe") or {}, recipe.describe() if recipe is not None else {}
+    if not before or not after:
+        kinds = [str(node.get("kind", "whole images")) for node in (before, after)]
+        return [*lines, f"recipe {kinds[0]}, here {kinds[1]}"] if bool(before) != bool(after) else lines
+    keys = [key for key in sorted(before.keys() | after.keys()) if _shown(before.get(key)) != _shown(after.get(key))]
+    return [*lines, *(f"recipe.{key} {_shown(before.get(key))}, here {_shown(after.get(key))}" for key in keys)]
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_shown(entry) for entry in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _head_tensors(module: AffectModule) -> set[str]:

@@ -89,7 +89,9 @@ def _train(
     summary = datamodule.summary()
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
-    taken = apply_starting_point(module, config.init, list(config.trust), console) if config.init else None
+    taken = None
+    if config.init:
+        taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].recipe)
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history])
     if is_first_process():
