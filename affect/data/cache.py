@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -54,10 +55,14 @@ class CachedImages:
 
 
 def _shared(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a writable map of ``path``, made with zeros if it is not there or has another size."""
+    """Return a writable map of ``path``, made with zeros if it is not there or has another size.
+
+    One process at a time looks and makes: otherwise a second one could empty the file that the first has written to.
+    """
     size = int(np.prod(shape, dtype=np.int64))
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # Released when the handle is closed.
         if os.fstat(handle).st_size != size:
             os.ftruncate(handle, 0)
             os.ftruncate(handle, size)

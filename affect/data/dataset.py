@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from affect import labels
 from affect.data.batch import FaceBatch
@@ -19,7 +19,7 @@ from affect.data.images import Picture, Source, open_pictures
 from affect.data.sampling import BatchKey
 from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform, mirrors, sample_keys, swap_mirrored
-from affect.errors import ConfigError, DataError
+from affect.errors import AffectError, ConfigError, DataError
 from affect.geometry.alignment import CropRecipe, compose, scale_of, transform_points, warp
 from affect.tasks.base import Encoded, Task
 from affect.tasks.kinds import to_fractions
@@ -145,6 +145,16 @@ class _Labels(NamedTuple):
     points: dict[str, Encoded]
 
 
+class SampleError(DataError):
+    """What a loading process could not read.
+
+    The loader raises it again in the main process with the process's traceback as its text; it keeps the message alone.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
+
+
 class FaceDataset(Dataset):
     """Rows of one or more sources as batches.
 
@@ -199,10 +209,18 @@ class FaceDataset(Dataset):
             if not -len(self) <= key < len(self):
                 raise IndexError(f"position {key} of {len(self)}")
             key = BatchKey(self.epoch, np.array([key % len(self)]))
-        return self.batch(*key)
+        return self._loaded(*key)
 
     def __getitems__(self, keys: Sequence[int]) -> FaceBatch:
-        return self.batch(self.epoch, np.asarray(keys, np.int64))
+        return self._loaded(self.epoch, np.asarray(keys, np.int64))
+
+    def _loaded(self, epoch: int, positions: np.ndarray) -> FaceBatch:
+        try:
+            return self.batch(epoch, positions)
+        except AffectError as error:
+            if get_worker_info() is None:
+                raise
+            raise SampleError(str(error)) from error
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the index of the table and the row in it of each position, int64 ``(N,)`` each."""

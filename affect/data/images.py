@@ -219,7 +219,7 @@ class FileImages:
         return np.array(sorted(absent), np.int64)
 
     def require_files(self, rows: np.ndarray | None = None) -> None:
-        """Raise ``DataError`` with their number and the first ten if image files are missing."""
+        """Raise ``DataError`` with their number and the first ten if image files are missing or empty."""
         absent = self.missing(rows)
         if len(absent):
             shown = ", ".join(self.table.strings("image", absent[:10])[0])
@@ -228,6 +228,14 @@ class FileImages:
                 f"{self.root}: {len(absent)} of {len(self.table)} image files are missing: {shown}{more}; "
                 "set dataset.root to the folder that the column image is relative to, or drop these rows"
             )
+        empty = [path for path in self.paths(np.arange(len(self.table)) if rows is None else rows) if _is_empty(path)]
+        if empty:
+            shown = ", ".join(str(path) for path in empty[:10]) + (", …" if len(empty) > 10 else "")
+            raise DataError(f"{len(empty)} image files have 0 bytes: {shown}; replace them or drop their rows")
+
+
+def _is_empty(path: Path) -> bool:
+    return path.stat().st_size == 0
 
 
 def _files(folder: Path) -> frozenset[str]:

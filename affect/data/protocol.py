@@ -22,7 +22,7 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PARTS = (TRAIN, VALIDATION, TEST)
 """The parts that every assignment has, in this order."""
 
-SELECTIONS = ("best_val", "last", "best_on_test")
+SELECTIONS = ("best_val", "last")
 _TRAINING_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "valid", "validation", "dev")
 _TEST_NAMES = ("test", "testing")
@@ -45,8 +45,7 @@ class Protocol:
         validation: Official part that selects instead of held-out training groups; None takes ``val``, ``valid``,
             ``validation`` or ``dev`` where it is there and has no other use, and holds groups out otherwise.
         f1_empty: F1 of an output that has neither positives nor positive predictions.
-        selection: ``best_val`` (best on the validation part), ``last``, or ``best_on_test``, which exists for comparing
-            with old papers only and is printed beside every number that it produced.
+        selection: ``best_val`` (best on the validation part) or ``last``.
     """
 
     test: str | int | None = None

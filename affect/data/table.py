@@ -243,7 +243,8 @@ class FaceTable:
         if doubled:
             raise DataError(f"column {doubled[0]} occurs more than once in the table; rename or drop one")
         if "image" not in table.column_names:
-            raise DataError(f"the table has no column image ({near('image', table.column_names)}); it needs one")
+            known = ", ".join(table.column_names[:12]) + (", …" if len(table.column_names) > 12 else "")
+            raise DataError(f"the table has no column image, which it needs; its columns are {known}")
         columns = {name: conform(name, _one_chunk(table[name])) for name in table.column_names}
         images = columns["image"]
         if images.null_count:

@@ -400,3 +400,18 @@ def test_rows_without_a_subject_and_of_foreign_classes_are_noted():
     notes = module([source(table=table)], tasks=tasks).summary()["notes"]
     assert "8 rows without subject are groups of their own" in notes
     assert any(note.startswith("task expression: ") and "(sadness " in note for note in notes)
+
+
+class UnreadableImages(samples.DrawnImages):
+    """Images of which none can be read."""
+
+    def read(self, rows):
+        raise DataError("faces/0001.png: not a readable image (3 bytes)")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_line_from_any_process(workers):
+    data = module([source(images=UnreadableImages())], num_workers=workers)
+    with pytest.raises(DataError) as caught:
+        next(iter(data.part_dataloader("test")))
+    assert str(caught.value) == "faces/0001.png: not a readable image (3 bytes)"

@@ -140,6 +140,18 @@ def test_file_images_read_in_order_and_list_what_is_missing(tmp_path):
     assert FileImages(faces, tmp_path / "elsewhere").missing().tolist() == list(range(6))
 
 
+def test_empty_files_are_named(tmp_path):
+    faces = samples.table(3, tmp_path)
+    names = faces.strings("image")[0]
+    for k in range(3):
+        samples.write_image(tmp_path / names[k], samples.smooth_image(k))
+    FileImages(faces).require_files()
+    (tmp_path / names[1]).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"1 image files have 0 bytes: .*{names[1]}"):
+        FileImages(faces).require_files()
+    FileImages(faces).require_files(np.array([0, 2]))
+
+
 def test_a_source_without_subjects_is_split_by_image():
     faces = samples.table(4)
     plain = Source("s", faces, samples.DrawnImages())

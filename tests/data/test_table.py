@@ -137,7 +137,7 @@ def test_lossless_casts():
         ({"image": ["a"], "landmarks_5": np.ones((1, 8))}, "column landmarks_5 holds fixed_size_list"),
         ({"image": ["a"], "valence": [{"x": 1}]}, "column valence holds struct"),
         ({"image": ["a"], "expression": [1.5]}, "column expression holds double, expected string"),
-        ({"valence": [0.5]}, "no column image"),
+        ({"valence": [0.5]}, "no column image, which it needs; its columns are valence"),
         ({"image": ["a", None]}, "column image, row 1: no path"),
         ({"image": ["a"], "valence": [0.1, 0.2]}, "differ in length"),
     ],

@@ -173,12 +173,13 @@ def write_files(
     for folder in {Path(path).parent for path in paths}:
         (root / folder).mkdir(parents=True, exist_ok=True)
     images = FaceImages(dials, seed)
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix == ".jpg" else []
     missing = [k for k in range(count) if not (root / paths[k]).exists()]
     with tqdm(total=count, initial=count - len(missing), desc="faces", unit="face", disable=not progress) as bar:
         for start in range(0, len(missing), 64):
             block = missing[start : start + 64]
             for k, image in zip(block, images.read(np.array(block)), strict=True):
-                done, data = cv2.imencode(suffix, image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+                done, data = cv2.imencode(suffix, image[:, :, ::-1], settings)
                 if not done:
                     raise DataError(f"{root / paths[k]}: OpenCV could not encode the image")
                 with replacing(root / paths[k]) as draft:

@@ -123,6 +123,22 @@ def test_files_hold_the_same_faces_and_continue(tmp_path: Path) -> None:
         write_files(SMALL, 1, 6, tmp_path, suffix=".bmp", progress=False)
 
 
+def test_writing_png_gives_no_jpeg_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    given: list[list[int]] = []
+    encode = cv2.imencode
+
+    def imencode(suffix, image, settings):
+        given.append(list(settings))
+        return encode(suffix, image, settings)
+
+    monkeypatch.setattr(cv2, "imencode", imencode)
+    write_files(SMALL, 1, 1, tmp_path / "png", suffix=".png", progress=False)
+    write_files(SMALL, 1, 1, tmp_path / "jpg", suffix=".jpg", progress=False)
+    assert given == [[], [cv2.IMWRITE_JPEG_QUALITY, 95]]
+
+
 def test_a_sheet_shows_faces_points_and_captions(tmp_path: Path) -> None:
     plain = sheet(SMALL, 1, range(5), columns=3, captions=False)
     assert plain.shape == (2 * 48, 3 * 48, 3)
