@@ -107,7 +107,7 @@ def predictions_table(
     columns["row"] = rows
     first = sources[int(source_index[0])] if len(source_index) else sources[0]
     expressions = next((list(t.outputs) for t in tasks.values() if t.softmax), list(first.table.expressions))
-    metadata = {
+    metadata: dict[str, Any] = {
         "dataset": first.name,
         "expressions": expressions,
         CLASSES_BY_SOURCE: {source.name: list(source.table.expressions) for source in sources},

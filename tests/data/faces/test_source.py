@@ -124,8 +124,6 @@ def test_files_hold_the_same_faces_and_continue(tmp_path: Path) -> None:
 
 
 def test_writing_png_gives_no_jpeg_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cv2
-
     given: list[list[int]] = []
     encode = cv2.imencode
 
