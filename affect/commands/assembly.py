@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from affect.commands.configuration import config_directory
 from affect.data.datamodule import FaceDataModule
 from affect.data.images import FileImages, Source
 from affect.data.protocol import Protocol
@@ -91,7 +92,28 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
         raise ConfigError("no task: choose at least one, e.g. task=[au,expression]")
     # An experiment may hold settings of a task that the command line then leaves out; they name no class.
     selected = {name: node for name, node in config.task.items() if node and "_target_" in node}
+    plain = [OmegaConf.to_container(node, resolve=True) for node in selected.values()]
+    for group in ("loss", "target"):
+        chosen = OmegaConf.to_container(config[group], resolve=True) if config.get(group) else None
+        if chosen and not _holds(plain, chosen) and chosen != _default_option(group):
+            names = ", ".join(selected)
+            raise ConfigError(f"{group}=…: no selected task uses it (task=[{names}]); it acts on task=au, leave it out")
     return {str(name): make(node, f"task.{name}") for name, node in selected.items()}
+
+
+def _holds(node: Any, part: Any) -> bool:  # noqa: ANN401
+    """Return whether plain data contains ``part`` at any depth."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return node == part or any(_holds(child, part) for child in children)
+
+
+def _default_option(group: str) -> Any:  # noqa: ANN401
+    """Return the content of the option that ``affect train`` takes of a group when none is given."""
+    folder = config_directory()
+    for entry in OmegaConf.load(folder / "train.yaml").defaults:
+        if isinstance(entry, DictConfig) and group in entry:
+            return OmegaConf.to_container(OmegaConf.load(folder / group / f"{entry[group]}.yaml"), resolve=True)
+    return None
 
 
 def bound_config(config: DictConfig, tasks: Mapping[str, Task]) -> DictConfig:
@@ -143,8 +165,13 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task]) -> AffectModule:
     objectives = {str(n): make(node, f"objectives.{n}") for n, node in (config.get("objectives") or {}).items()}
     partial = make(config.model, "model", _partial_=True)
     try:
-        return partial(
+        module = partial(
             tasks=tasks, optimizer=optimizer, scheduler=scheduler, weighting=weighting, objectives=objectives
         )
     except TypeError as error:
         raise ConfigError(f"model: {error}") from error
+    try:
+        module.build_optimizer()  # only to see that it can be built: training builds its own
+    except (TypeError, ValueError) as error:
+        raise translated(error, "optimizer") from error
+    return module

@@ -36,8 +36,10 @@ WITHOUT_EFFECT = (
 """Keys, or patterns of keys, that cannot change what a training run computes."""
 
 WRITTEN = frozenset(
-    (RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json")
-    + ("predictions", "release", "figures", "csv", "tensorboard", "compare")
+    [
+        *(RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json"),
+        *("predictions", "release", "figures", "csv", "tensorboard", "compare"),
+    ]
 )
 """Names that a run writes in its folder; nothing else there is ever removed."""
 
@@ -213,7 +215,5 @@ def differing(a: DictConfig, b: DictConfig) -> list[str]:
             return {key: value for part in parts for key, value in part.items()}
         return {prefix: node}
 
-    sides = []
-    for config in (a, b):
-        sides.append(flat(effective(config)))
-    return sorted(key for key in set(sides[0]) | set(sides[1]) if sides[0].get(key) != sides[1].get(key))
+    ours, theirs = flat(effective(a)), flat(effective(b))
+    return sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))

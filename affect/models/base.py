@@ -75,7 +75,8 @@ class AffectModule(pl.LightningModule):
         optimizer: Partial of a ``torch.optim`` optimiser; called with parameter groups.
         scheduler: Partial of a learning-rate schedule, called with the optimiser and, if it takes it, ``total_steps``;
             None keeps the rate constant.
-        scheduler_interval: Whether the schedule advances per ``step`` or per ``epoch``.
+        scheduler_interval: Whether the schedule advances per ``step`` or per ``epoch``; None takes steps for a schedule
+            that is told how many there are (``total_steps``), and epochs for any other.
         weighting: How task losses are weighed in the sum; None uses each task's fixed weight.
         objectives: Auxiliary objectives by name.
         encoder_lr_scale: Factor of the learning rate for encoders.
@@ -95,7 +96,7 @@ class AffectModule(pl.LightningModule):
         tasks: Mapping[str, Task],
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
-        scheduler_interval: str = "step",
+        scheduler_interval: str | None = None,
         weighting: nn.Module | None = None,
         objectives: Mapping[str, Objective] | None = None,
         encoder_lr_scale: float = 1.0,
@@ -105,6 +106,10 @@ class AffectModule(pl.LightningModule):
         super().__init__()
         if not tasks:
             raise ConfigError("a model needs at least one task: task=[au,expression]")
+        if scheduler_interval not in (None, "step", "epoch"):
+            raise ConfigError(f"model.scheduler_interval={scheduler_interval}: write step, epoch or null")
+        if taken := sorted(set(tasks) & set(objectives or {})):
+            raise ConfigError(f"objectives.{taken[0]}: a task has this name; give the objective another one")
         self.tasks: dict[str, Task] = dict(tasks)
         self.losses = nn.ModuleDict({n: t.loss for n, t in self.tasks.items() if t.loss is not None})
         self.targets = nn.ModuleDict({n: t.target for n, t in self.tasks.items() if t.target is not None})
@@ -220,9 +225,13 @@ class AffectModule(pl.LightningModule):
                 values, target = to_pixels(values, height, width), to_pixels(target, height, width)
             for metric in metrics:
                 metric.update(values, target, mask)
+        self._outputs, self.taps = None, {}
 
     def on_validation_epoch_end(self) -> None:
-        """Log losses and metrics, and the mean over tasks of the metric that stands for each (``val/score``)."""
+        """Log losses and metrics, and the mean over tasks of the metric that stands for each (``val/score``).
+
+        Where no metric stands for any task, ``val/score`` is minus the mean of the tasks' losses.
+        """
         logged = self.epoch_losses("val")
         scores = []
         for name, metrics in self.validation_metrics.items():
@@ -237,6 +246,9 @@ class AffectModule(pl.LightningModule):
                     known = [k.removeprefix(f"val/{name}/") for k in logged if k.startswith(f"val/{name}/")]
                     raise ConfigError(f"task.{name}.score={score}: no such metric; {near(score, known)}")
                 scores.append(logged[key])
+        if all(task.score is None for task in self.tasks.values()):  # then the lower mean loss is the better
+            losses = [logged[f"val/{name}/loss"] for name in self.losses if f"val/{name}/loss" in logged]
+            scores = [-sum(losses) / len(losses)] if losses else []
         finite = [score for score in scores if score == score]  # a metric without labels is NaN and says nothing
         if finite:
             logged["val/score"] = sum(finite) / len(finite)
@@ -248,55 +260,72 @@ class AffectModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_index: int = 0) -> dict[str, Tensor]:
         """Return the values of each task (probabilities, bounded numbers; landmarks as fractions of the crop)."""
-        return {name: self.tasks[name].predict(output.float()) for name, output in self(batch).items()}
+        outputs = self(batch)
+        self.taps = {}
+        return {name: self.tasks[name].predict(output.float()) for name, output in outputs.items()}
 
     # ------------------------------------------------------------------------------------------ optimisation
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return groups of trainable parameters with ``lr_scale``; biases, norms and scalars get no weight decay.
+        """Return groups of trainable parameters with ``lr_scale``; no weight decay for biases, norms and scalars.
 
+        Nor for what the class (``no_weight_decay``) or the encoder's architecture excludes, e.g. position embeddings.
         Methods override this to add groups of their own (schedule, decay, clipping).
         """
         depth: dict[int, float] = {}
+        undecayed: set[int] = set()
         for _, encoder in self.encoder_modules():
             layers = encoder.layer_index() if self.layer_decay is not None else {}
             last = max(layers.values(), default=0)
+            kept = encoder.model.no_weight_decay() if hasattr(encoder.model, "no_weight_decay") else ()
             for name, parameter in encoder.model.named_parameters():
                 below = last - layers.get(name, last)
+                if name in kept:
+                    undecayed.add(id(parameter))
                 depth[id(parameter)] = self.encoder_lr_scale * (self.layer_decay or 1.0) ** below
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                decayed = parameter.ndim > 1 and not any(key in name for key in self.no_weight_decay)
+                named = id(parameter) in undecayed or any(key in name for key in self.no_weight_decay)
+                decayed = parameter.ndim > 1 and not named
                 groups.setdefault((depth.get(id(parameter), 1.0), decayed), []).append(parameter)
         return [
             {"params": parameters, "lr_scale": scale} | ({} if decayed else {"weight_decay": 0.0})
             for (scale, decayed), parameters in groups.items()
         ]
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401
-        """Return the optimiser over ``parameter_groups`` and its schedule."""
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser over ``parameter_groups``."""
         if self.optimizer is None:
             raise ConfigError("no optimizer: add optimizer=adamw")
         keywords = getattr(self.optimizer, "keywords", {})
         groups = self.parameter_groups()
         if not groups:
             raise ConfigError("no trainable parameters: encoder.trainable=none needs a model with heads")
-        for group in groups:
-            if "lr" in keywords:
-                group["lr"] = keywords["lr"] * group.get("lr_scale", 1.0)
-        optimizer = self.optimizer(groups)
+        rate = keywords.get("lr")
+        if rate is not None:
+            if not isinstance(rate, int | float):
+                raise ConfigError(f"optimizer.lr={rate}: a number is needed")
+            for group in groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+        return self.optimizer(groups)
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Return the optimiser and its schedule."""
+        optimizer = self.build_optimizer()
         if self.scheduler is None:
             return optimizer
         function = getattr(self.scheduler, "func", self.scheduler)
+        counted = "total_steps" in inspect.signature(function).parameters
+        interval = self.scheduler_interval or ("step" if counted else "epoch")
         extra = {}
-        if "total_steps" in inspect.signature(function).parameters:
+        if counted:
             steps = int(self.trainer.estimated_stepping_batches)
-            extra["total_steps"] = steps if self.scheduler_interval == "step" else int(self.trainer.max_epochs or 1)
+            extra["total_steps"] = steps if interval == "step" else int(self.trainer.max_epochs or 1)
         scheduler = self.scheduler(optimizer, **extra)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
+            "lr_scheduler": {"scheduler": scheduler, "interval": interval},
         }
 
     # --------------------------------------------------------------------------------- taps, state, placement

@@ -154,6 +154,7 @@ def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
 
 
 FINISHING = ("data.limit=8", "selection=last", "bootstrap.resamples=0")
+STOPPING = ("callbacks.early_stopping.patience=1", "callbacks.early_stopping.min_delta=9.0")
 
 
 def _train_settings(folder: Path, *overrides: str) -> None:
@@ -179,8 +180,7 @@ def _train_until_results(folder: Path, *overrides: str) -> None:
     [
         ("trainer.max_epochs=2",),
         ("trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2"),
-        ("trainer.max_epochs=4", "callbacks=[default,ema,early_stopping]", "callbacks.early_stopping.patience=1")
-        + ("callbacks.early_stopping.min_delta=9.0",),
+        ("trainer.max_epochs=4", "callbacks=[default,ema,early_stopping]", *STOPPING),
     ],
     ids=["ema", "rare_validation", "stopped_early"],
 )

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from affect import losses, metrics, tasks
+from affect import losses, metrics, optimization, tasks
 from affect.callbacks import EMA, BestWeights, History, LastCheckpoint
 from affect.data.batch import FaceBatch
 from affect.encoders import TimmEncoder
@@ -166,6 +166,39 @@ def test_parameter_groups_hold_every_trainable_parameter_once() -> None:
     assert all(scale[id(p)] == 1 for p in module.head.parameters())
     for group in groups:
         assert ("weight_decay" in group) == (group["params"][0].ndim <= 1)
+
+
+def test_what_an_architecture_excludes_gets_no_weight_decay() -> None:
+    torch.manual_seed(0)
+    module = Baseline(make_tasks(), TimmEncoder("test_vit"), optimizer=SGD)
+    held = dict(module.encoder.model.named_parameters())
+    excluded = [held[name] for name in module.encoder.model.no_weight_decay() if name in held]
+    assert any(parameter is held["pos_embed"] for parameter in excluded)
+    decay = {id(p): group.get("weight_decay") for group in module.parameter_groups() for p in group["params"]}
+    assert all(decay[id(parameter)] == 0.0 for parameter in excluded)
+
+
+@pytest.mark.parametrize(("schedule", "rate"), [(torch.optim.lr_scheduler.StepLR, 0.1), (optimization.polynomial, 0.0)])
+def test_schedules_advance_per_epoch_unless_they_know_the_steps(tmp_path, schedule, rate) -> None:
+    arguments = {"step_size": 2} if schedule is torch.optim.lr_scheduler.StepLR else {}
+    module = make_module(scheduler=functools.partial(schedule, **arguments))
+    run = trainer(tmp_path)
+    run.fit(module, Repeat([make_batch() for _ in range(4)]))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_an_objective_with_the_name_of_a_task_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objectives\.au: a task has this name"):
+        make_module(objectives={"au": Activation("encoder.model.layer2")})
+
+
+def test_validation_and_prediction_keep_no_activation() -> None:
+    module = make_module(objectives={"activation": Activation("encoder.model.layer2")}).eval()
+    module.setup("fit")
+    module.predict_step(make_batch())
+    assert not module.taps
+    module.validation_step(make_batch(), 0)
+    assert not module.taps
 
 
 def test_a_linear_probe_trains_the_heads_alone() -> None:
