@@ -12,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -31,12 +32,12 @@ from affect.commands.run_folder import (
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
 from affect.data.images import Source
-from affect.errors import ConfigError
+from affect.data.protocol import SELECTIONS
+from affect.data.table import FaceTable
+from affect.errors import ConfigError, near
 from affect.models.base import AffectModule
-from affect.release import with_statistics, write_release
-from affect.report import comparison_table, environment, read_json, results_table, write_json
-
-SELECTIONS = ("best_val", "last")
+from affect.release import build_tasks, read_release, with_statistics, write_release
+from affect.report import comparison_table, environment, read_json, results_table, subgroup_table, write_json
 
 
 def run(config: DictConfig) -> float | None:
@@ -54,7 +55,7 @@ def run(config: DictConfig) -> float | None:
 
 def train(config: DictConfig, output: Path) -> float | None:
     """Train one run in ``output``; a finished one is skipped, an unfinished one continues, a running one is refused."""
-    console = Console()
+    console = Console(quiet=not is_first_process())
     check_keys(config)
     with locked(output):
         sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
@@ -62,17 +63,89 @@ def train(config: DictConfig, output: Path) -> float | None:
         if not config.force:
             same_run(output, config, made_of)
         if (output / RESULTS).is_file() and not config.force:
-            results = read_json(output / RESULTS)
+            results = evaluate_as_asked(config, output, read_json(output / RESULTS))
             console.print(f"finished before: {output} (force=true trains again)")
             print_results(console, results)
             return results["selection"]["score"]
         return _train(config, output, sources, made_of, console)
 
 
+def evaluate_as_asked(config: DictConfig, output: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a finished run with the ``group_by`` and ``bootstrap`` asked for now.
+
+    If they differ from the stored ones, the numbers are computed again from the predictions and stored.
+    """
+    bootstrap, group_by = OmegaConf.to_container(config.bootstrap, resolve=True), group_columns(config)
+    stored = OmegaConf.create(results["config"])
+    if stored.bootstrap == config.bootstrap and group_columns(stored) == group_by:
+        return results
+    tasks = build_tasks(read_release(output, list(config.trust)))
+    for task in tasks.values():
+        for metric in task.metrics:
+            metric.bind(task.outputs)
+    for part in results["metrics"]:
+        table = FaceTable.read_parquet(output / "predictions" / f"{part}.parquet")
+        kept = {inference.BY_PREFIX + c: table.column(c) for c in inference.CARRIED if c in table.names}
+        table = table.with_columns({name: column for name, column in kept.items() if name not in table.names})
+        missing = [column for column in group_by if inference.BY_PREFIX + column not in table.names]
+        if missing:
+            raise ConfigError(
+                f"group_by: the run's predictions were made without the column {missing[0]!r}; "
+                f"affect evaluate checkpoint={output} group_by=[{','.join(group_by)}] makes them with it"
+            )
+        results["metrics"][part] = inference.table_metrics(
+            table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by
+        )
+    results["config"] |= {"bootstrap": bootstrap, "group_by": group_by}
+    if is_first_process():
+        write_json(output / RESULTS, results)
+    return results
+
+
 def check_keys(config: DictConfig) -> None:
     """Refuse values that would only fail after the training."""
     if config.selection not in SELECTIONS:
         raise ConfigError(f"selection={config.selection}: write one of {', '.join(SELECTIONS)}")
+    require_integer("seed", config.seed, 0)
+    require_integer("trainer.max_epochs", config.trainer.max_epochs, -1)
+    require_integer("bootstrap.resamples", config.bootstrap.resamples, 0)
+    level = config.bootstrap.level
+    if not isinstance(level, int | float) or not 0 < level < 1:
+        raise ConfigError(f"bootstrap.level={level} must lie between 0 and 1, e.g. 0.95")
+
+
+def require_integer(key: str, value: Any, low: int) -> None:  # noqa: ANN401
+    """Refuse a value that is no integer from ``low`` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{key}={value}: an integer of at least {low} is needed")
+
+
+def group_columns(config: DictConfig) -> list[str]:
+    """Return the columns of ``group_by``, which may be one name or a list."""
+    given = config.group_by
+    return [given] if isinstance(given, str) else [str(column) for column in given or ()]
+
+
+def check_columns(config: DictConfig, sources: list[Source]) -> None:
+    """Refuse columns of ``group_by`` that a table lacks."""
+    for column in group_columns(config):
+        for source in sources:
+            if column not in source.table.names:
+                raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, source.table.names)}")
+
+
+def check_monitor(config: DictConfig, module: AffectModule) -> None:
+    """Refuse scores that no metric gives, and a monitored value that validation will not log."""
+    offered = {"val/score"} if any(t.score or t.loss for t in module.tasks.values()) else set()
+    for name, task in module.tasks.items():
+        known = {number for metric in task.metrics for number in metric.names}
+        if task.score is not None and task.score not in known:
+            raise ConfigError(f"task.{name}.score={task.score}: no such metric; {near(task.score, known)}")
+        offered |= {f"val/{name}/{number}" for number in known}
+        offered |= {f"val/{name}/loss"} if task.loss is not None else set()
+    own = type(module).on_validation_epoch_end is not AffectModule.on_validation_epoch_end  # may log more
+    if config.monitor not in offered and not own:
+        raise ConfigError(f"monitor={config.monitor}: not among the logged values; {near(config.monitor, offered)}")
 
 
 def _train(
@@ -86,14 +159,18 @@ def _train(
     schemes = tuple(sorted({s for o in objectives.values() for s in getattr(o, "schemes", ())}))
     datamodule = assembly.build_datamodule(config, sources, tasks, int(config.encoder.image_size), schemes)
     datamodule.setup("fit")
+    check_columns(config, sources)
     summary = datamodule.summary()
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
+    check_monitor(config, module)
     taken = None
     if config.init:
         taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].recipe)
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history])
+    if config.selection == "best_val" and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError("selection=best_val needs callbacks.best; or selection=last")
     if is_first_process():
         if config.force:
             clear(output)
@@ -125,16 +202,22 @@ def build_trainer(config: DictConfig, first: list[pl.Callback]) -> pl.Trainer:
     """Return the trainer with callbacks in the order they need: seeds, history, best weights, others, last.ckpt."""
     nodes = config.get("callbacks") or {}
     callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
+    if not config.trainer.get("enable_progress_bar", True):
+        callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
     best = [callback for callback in callbacks if isinstance(callback, BestWeights)]
     others = [callback for callback in callbacks if not isinstance(callback, BestWeights)]
     nodes = config.get("logger") or {}
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
-    return assembly.make(config.trainer, "trainer", _partial_=True)(
-        callbacks=[*first, *best, *others],
-        logger=loggers or False,
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=config.paths.output,
-    )
+    partial = assembly.make(config.trainer, "trainer", _partial_=True)
+    try:
+        return partial(
+            callbacks=[*first, *best, *others],
+            logger=loggers or False,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=config.paths.output,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise assembly.translated(error, "trainer") from error
 
 
 def select_weights(
@@ -181,7 +264,7 @@ def finish(
             continue
         loader = datamodule.part_dataloader(part)
         values, source_index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
-        group_by = list(config.group_by)
+        group_by = group_columns(config)
         table = inference.predictions_table(
             datamodule.sources, module.tasks, values, source_index, rows, config.protocol.group, group_by
         )
@@ -273,6 +356,8 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
             if selection.get("epoch") is not None:
                 title += f" (epoch {selection['epoch'] + 1})"
             console.print(results_table(records, title))
+        if any(record.get("subgroup") for record in results["metrics"].get(part) or []):
+            console.print(subgroup_table(results["metrics"][part], f"{results['name']}: {part} part by subgroup"))
     if results.get("reference"):
         console.print(f"reference (printed, never asserted): {results['reference']}")
 
@@ -288,24 +373,33 @@ def compare(config: DictConfig, output: Path) -> None:
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
 
-    console = Console()
+    console = Console(quiet=not is_first_process())
     given = [o for o in HydraConfig.get().overrides.task if not o.startswith(("compare", "paths.output"))]
     arms = {}
     for name, overrides in config.compare.items():
-        if not overrides:  # this run itself, under the name that it has among the arms
-            arms[str(name)] = read_json(output / RESULTS)["metrics"]["test"]
-            continue
-        console.rule(f"arm {name}: {' '.join(overrides)}")
-        arm = compose(config_name="train", overrides=[*given, *overrides])
-        OmegaConf.set_struct(arm, False)
-        arm.compare, arm.force = {}, config.force
-        folder = output / "compare" / str(name)
-        arm.paths.output = str(folder)
-        train(arm, folder)
-        arms[str(name)] = read_json(folder / RESULTS)["metrics"]["test"]
+        folder = output  # an arm without overrides is this run itself, under the name that it has among the arms
+        if overrides:
+            console.rule(f"arm {name}: {' '.join(overrides)}")
+            arm = compose(config_name="train", overrides=[*given, *overrides])
+            OmegaConf.set_struct(arm, False)
+            arm.compare, arm.force = {}, config.force
+            folder = output / "compare" / str(name)
+            arm.paths.output = str(folder)
+            train(arm, folder)
+        wait_for_all()
+        if is_first_process():
+            arms[str(name)] = read_json(folder / RESULTS)["metrics"]["test"]
+    if not is_first_process():
+        return
     console.print(comparison_table(arms, title=f"{config.name}: arms on the test part"))
     write_json(output / "compare.json", arms)
     figures.write_comparison_figure(output, arms)
+
+
+def wait_for_all() -> None:
+    """Wait, in a distributed run, until every process is here: the first one writes what others go on with."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------- noise

@@ -183,6 +183,34 @@ def test_evaluate_gives_the_same_numbers_again(finished: Path, compose: Callable
     assert again["metrics"]["test"] == results(finished)["metrics"]["test"]
 
 
+def test_a_task_without_a_score_trains_alone_and_is_selected_by_its_loss(tiny_run: Callable[..., DictConfig]) -> None:
+    config = tiny_run("task=[pose]")
+    score = train.run(config)
+    found = results(Path(config.paths.output))
+    assert score == found["selection"]["score"] == -found["history"][0]["val/pose/loss"]
+
+
+def test_a_finished_run_is_evaluated_as_asked(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    config = OmegaConf.load(finished / "config.yaml")
+    config.bootstrap.resamples, config.group_by = 0, "subject"
+    train.train(config, tmp_path / "run")
+    records = results(tmp_path / "run")["metrics"]["test"]
+    assert all(record["low"] is None for record in records)
+    assert any(str(record["subgroup"]).startswith("subject=") for record in records)
+    config.group_by = ["skin_group"]
+    with pytest.raises(ConfigError, match=r"without the column 'skin_group'; affect evaluate checkpoint="):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_without_a_progress_bar_leaves_its_callback_out(
+    compose: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    overrides = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger=none")
+    trainer = train.build_trainer(compose("train", *overrides, f"paths.output={tmp_path}"), [])
+    assert trainer.progress_bar_callback is None
+
+
 def test_evaluate_by_subgroup(finished: Path, compose: Callable[..., DictConfig], tmp_path: Path) -> None:
     overrides = (f"checkpoint={finished}", "data.num_workers=0", "bootstrap.resamples=0", f"out={tmp_path}")
     evaluate.run(compose("evaluate", *overrides, "group_by=[skin_group]"))
@@ -254,6 +282,20 @@ def test_the_default_folder_names_experiment_dataset_part_and_seed(compose: Call
         (["dataset.dials.missing_landmarks=1.0"], DataError, "landmarks"),
         (["init=/nowhere"], CheckpointError, "no such folder"),
         (["transform.train.flip=2"], ConfigError, "transform.flip=2"),
+        (["selection=best_on_test"], ConfigError, "selection=best_on_test"),
+        (["monitor=val/scor"], ConfigError, "monitor=val/scor: .*did you mean val/score"),
+        (["task.au.score=f1/meen"], ConfigError, "task.au.score=f1/meen: no such metric; did you mean .*f1/mean"),
+        (["callbacks.best=null"], ConfigError, "selection=best_val needs callbacks.best"),
+        (["group_by=skin_grup"], ConfigError, "group_by: no column 'skin_grup'.*did you mean skin_group"),
+        (["bootstrap.level=1.5"], ConfigError, "bootstrap.level=1.5"),
+        (["bootstrap.resamples=-1"], ConfigError, "bootstrap.resamples=-1"),
+        (["seed=abc"], ConfigError, "seed=abc"),
+        (["trainer.max_epochs=ten"], ConfigError, "trainer.max_epochs=ten"),
+        (["trainer.precision=7"], ConfigError, "trainer: "),
+        (["optimizer.lr=fast"], ConfigError, "optimizer.lr=fast: a number is needed"),
+        (["optimizer.lr=-1.0"], ConfigError, "optimizer: .*-1.0"),
+        (["task=[expression]", "loss=asymmetric"], ConfigError, "loss=…: no selected task uses it"),
+        (["task=[expression]", "target=uniform"], ConfigError, "target=…: no selected task uses it"),
     ],
 )
 def test_bad_input_is_one_line_before_training(
