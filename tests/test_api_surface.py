@@ -20,6 +20,9 @@ PUBLIC = (
     "affect.callbacks",
     "affect.data",
     "affect.data.batch",
+    "affect.data.faces",
+    "affect.data.images",
+    "affect.data.layouts.faces",
     "affect.data.protocol",
     "affect.data.table",
     "affect.encoders",
@@ -36,6 +39,7 @@ PUBLIC = (
     "affect.release",
     "affect.report",
     "affect.tasks",
+    "affect.tasks.base",
 )
 """Modules that extensions import from. One that does not exist yet, or a package without ``__all__``, is left out."""
 
