@@ -192,6 +192,7 @@ def _train(
     write_json(output / RESULTS, results)
     print_results(console, results)
     console.print(f"[bold]{output}[/bold]: results.json, predictions/, figures/, release/")
+    console.print(f"next: affect predict checkpoint={output} input=photo.jpg", soft_wrap=True)
     return selection["score"]
 
 
