@@ -28,8 +28,8 @@ def test_every_task_learns(tmp_path: Path) -> None:
     config = compose(
         "train",
         [
-            f"task=[{tasks}]", "dataset.count=2400", "dataset.dials.image_size=64", "encoder=mobilenetv4_small",
-            "encoder.image_size=64", "trainer.max_epochs=10", "optimizer.lr=0.003", "data.num_workers=0",
+            f"task=[{tasks}]", "dataset.count=2400", "dataset.dials.image_size=64", "encoder=fasternet_t0",
+            "encoder.image_size=64", "trainer.max_epochs=12", "loss.positive_weights=balanced", "data.num_workers=0",
             "data.batch_size=32", "trainer.enable_progress_bar=false", "callbacks.progress=null", "logger=none",
             "bootstrap.resamples=200", f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}",
         ],

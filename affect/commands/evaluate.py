@@ -15,7 +15,7 @@ from rich.console import Console
 
 from affect.commands import assembly, inference
 from affect.commands.run_folder import CONFIG, RESULTS
-from affect.commands.train import quiet
+from affect.commands.train import check_columns, group_columns, quiet
 from affect.data.datamodule import ALL
 from affect.data.images import Source
 from affect.data.protocol import TEST
@@ -57,7 +57,8 @@ def run(config: DictConfig) -> None:
     console.print(f"part {part}: {numbers['rows']} rows of {total}, {numbers['groups']} groups")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     values, index, rows = inference.predict_values(module, loader, device, f"predicting {part}", tasks)
-    group_by = list(config.group_by)
+    group_by = group_columns(config)
+    check_columns(config, sources)
     table = inference.predictions_table(sources, tasks, values, index, rows, settings.protocol.get("group"), group_by)
     records = inference.table_metrics(table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by)
 
