@@ -219,7 +219,10 @@ class FileImages:
         return np.array(sorted(absent), np.int64)
 
     def require_files(self, rows: np.ndarray | None = None) -> None:
-        """Raise ``DataError`` with their number and the first ten if image files are missing or empty."""
+        """Raise ``DataError`` with their number and the first ten if image files are missing, empty or no images.
+
+        Whether a file is an image is told by its header; one that is cut short further on is found when it is decoded.
+        """
         absent = self.missing(rows)
         if len(absent):
             shown = ", ".join(self.table.strings("image", absent[:10])[0])
@@ -228,14 +231,30 @@ class FileImages:
                 f"{self.root}: {len(absent)} of {len(self.table)} image files are missing: {shown}{more}; "
                 "set dataset.root to the folder that the column image is relative to, or drop these rows"
             )
-        empty = [path for path in self.paths(np.arange(len(self.table)) if rows is None else rows) if _is_empty(path)]
-        if empty:
-            shown = ", ".join(str(path) for path in empty[:10]) + (", …" if len(empty) > 10 else "")
-            raise DataError(f"{len(empty)} image files have 0 bytes: {shown}; replace them or drop their rows")
+        paths = self.paths(np.arange(len(self.table)) if rows is None else rows)
+        empty = [path for path in paths if _is_empty(path)]
+        foreign = [] if empty else [path for path in paths if not _is_image(path)]
+        for found, what in ((empty, "have 0 bytes"), (foreign, "are no images")):
+            if found:
+                shown = ", ".join(str(path) for path in found[:10]) + (", …" if len(found) > 10 else "")
+                raise DataError(f"{len(found)} image files {what}: {shown}; replace them or drop their rows")
 
 
 def _is_empty(path: Path) -> bool:
     return path.stat().st_size == 0
+
+
+def _is_image(path: Path) -> bool:
+    """Whether the file's header is that of an image that ``read_image`` can decode."""
+    from PIL import Image
+
+    if cv2.haveImageReader(str(path)):
+        return True
+    try:
+        with Image.open(path):
+            return True
+    except OSError:
+        return False
 
 
 def _files(folder: Path) -> frozenset[str]:

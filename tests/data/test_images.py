@@ -152,6 +152,15 @@ def test_empty_files_are_named(tmp_path):
     FileImages(faces).require_files(np.array([0, 2]))
 
 
+def test_files_that_are_no_images_are_named_before_any_is_decoded(tmp_path):
+    faces = samples.table(2, tmp_path)
+    names = faces.strings("image")[0]
+    samples.write_image(tmp_path / names[0], samples.smooth_image(0))
+    (tmp_path / names[1]).write_text("<html>not found</html>")
+    with pytest.raises(DataError, match=rf"1 image files are no images: .*{names[1]}"):
+        FileImages(faces).require_files()
+
+
 def test_a_source_without_subjects_is_split_by_image():
     faces = samples.table(4)
     plain = Source("s", faces, samples.DrawnImages())
