@@ -155,7 +155,8 @@ def test_empty_files_are_named(tmp_path):
 def test_files_that_are_no_images_are_named_before_any_is_decoded(tmp_path):
     faces = samples.table(2, tmp_path)
     names = faces.strings("image")[0]
-    samples.write_image(tmp_path / names[0], samples.smooth_image(0))
+    for k in range(2):
+        samples.write_image(tmp_path / names[k], samples.smooth_image(k))
     (tmp_path / names[1]).write_text("<html>not found</html>")
     with pytest.raises(DataError, match=rf"1 image files are no images: .*{names[1]}"):
         FileImages(faces).require_files()
