@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from affect.data.datamodule import FaceDataModule
 from affect.data.dataset import turned
 from affect.data.images import Source
 from affect.data.protocol import group_codes
@@ -199,8 +198,3 @@ def table_metrics(
         )
         records += [{"task": name, **record} for record in found]
     return records
-
-
-def part_loader(datamodule: FaceDataModule, part: str) -> torch.utils.data.DataLoader:
-    """Return the loader of ``train``, ``validation``, ``test`` or ``all`` in row order, without augmentation."""
-    return datamodule.part_dataloader(part)
