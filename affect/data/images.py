@@ -276,9 +276,12 @@ class Source:
         table: Labels, one row per image.
         images: Reader of the rows' images.
         group: Column whose values never straddle two parts: subject, sequence, or ``image`` where a set has neither.
-        recipe: How faces are cropped; None resizes whole images.
+        recipe: How faces are cropped from ``images``; None resizes whole images.
         skipped: Number of items that reading left out, by reason.
         notes: What a reader of results has to know, one sentence each.
+        together: Column whose rows with one value are held out together, e.g. near-duplicates of one photograph.
+        stratify: Column of classes that held-out groups are spread over evenly.
+        prepared: Where ``images`` are stored crops, the recipe from the photographs to the model's input.
     """
 
     name: str
@@ -288,6 +291,14 @@ class Source:
     recipe: CropRecipe | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    together: str | None = None
+    stratify: str | None = None
+    prepared: CropRecipe | None = None
+
+    @property
+    def described(self) -> CropRecipe | None:
+        """Recipe from photographs to the model's input: what a release tells others to do with new photographs."""
+        return self.prepared if self.prepared is not None else self.recipe
 
     def __post_init__(self) -> None:
         names = self.table.names
@@ -296,3 +307,6 @@ class Source:
             object.__setattr__(self, "notes", (*self.notes, NO_SUBJECT))
         elif self.group not in names:
             raise DataError(f"{self.name}: no column {self.group} to split by; {near(self.group, names)}")
+        for key, column in (("together", self.together), ("stratify", self.stratify)):
+            if column is not None and column not in names:
+                raise DataError(f"{self.name}: {key}={column} is no column; {near(column, names)}")

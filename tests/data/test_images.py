@@ -175,3 +175,18 @@ def test_a_source_without_subjects_is_split_by_image():
     assert "split by image" in source.notes[1]
     with pytest.raises(DataError, match="s: no column sequence to split by"):
         Source("s", faces, samples.DrawnImages(), group="sequence")
+
+
+def test_a_source_names_existing_columns_to_hold_out_by_and_describes_the_way_from_photographs():
+    from affect.geometry import CropRecipe
+
+    faces = samples.table(4).with_columns({"copies": ["a", "a", "b", "c"]})
+    source = Source("s", faces, samples.DrawnImages(), together="copies", stratify="expression")
+    assert (source.together, source.stratify, source.described) == ("copies", "expression", None)
+    for key in ("together", "stratify"):
+        with pytest.raises(DataError, match=f"s: {key}=copise is no column; did you mean copies"):
+            Source("s", faces, samples.DrawnImages(), **{key: "copise"})
+    stored = CropRecipe(name="stored", kind="none", size=32, margin=0.0)
+    whole = CropRecipe(name="whole", kind="similarity", size=32)
+    assert Source("s", faces, samples.DrawnImages(), recipe=stored).described is stored
+    assert Source("s", faces, samples.DrawnImages(), recipe=stored, prepared=whole).described is whole
