@@ -149,7 +149,11 @@ def read_image(path: str | Path) -> np.ndarray:
 def open_picture(path: str | Path) -> Picture:
     """Return the picture in a file: decoded at once if it is small, otherwise when its pixels are asked for."""
     path = Path(path)
-    data = _load(path)
+    return open_encoded(_load(path), path)
+
+
+def open_encoded(data: np.ndarray, path: Path) -> Picture:
+    """Return the picture in the bytes ``(N,)`` of an encoded image; ``path`` is its name for messages."""
     # JPEG by its first bytes. The other formats have no cheap reduced decoding.
     if len(data) >= _LARGE_FILE and data[0] == 0xFF and data[1] == 0xD8:
         size = _upright_size(data)
