@@ -155,6 +155,45 @@ class SampleError(DataError):
         super().__init__(message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip())
 
 
+class RowSet:
+    """Chosen rows of a table, small in memory and in a pickle.
+
+    Parts are made of whole videos or people, whose rows are neighbours: runs of consecutive rows are kept as their
+    first row. Other choices are kept as they are, as narrow as they fit. A loading process that is sent a part of
+    millions of rows so receives kilobytes.
+
+    Args:
+        rows: Row indices ``(N,)``, in any order.
+    """
+
+    def __init__(self, rows: np.ndarray) -> None:
+        rows = np.asarray(rows, np.int64)
+        self._size = len(rows)
+        self._start = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2 if len(rows) else 0) != 1)
+        self._first: np.ndarray | None = rows[self._start]
+        self._rows: np.ndarray | None = None
+        if 4 * len(self._start) > self._size:  # An entry of a run is four times as large as one of the narrow rows.
+            narrow = self._size == 0 or int(rows.max()) <= np.iinfo(np.int32).max
+            self._rows = rows.astype(np.int32 if narrow else np.int64)
+            self._start, self._first = np.empty(0, np.int64), None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows at ``positions`` ``(B,)``, each in ``[0, N)``, as int64."""
+        if self._first is None:
+            assert self._rows is not None
+            return self._rows[positions].astype(np.int64)
+        run = np.searchsorted(self._start, positions, side="right") - 1
+        return self._first[run] + (positions - self._start[run])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: ANN401
+        """Return all rows, int64 ``(N,)``."""
+        rows = self[np.arange(self._size)]
+        return rows if dtype is None else rows.astype(dtype)
+
+
 class FaceDataset(Dataset):
     """Rows of one or more sources as batches.
 
@@ -189,7 +228,7 @@ class FaceDataset(Dataset):
                     f"{transform.size} px; set prepare.size to the encoder's image size"
                 )
         self.sources = list(sources)
-        self.rows = [np.asarray(part, np.int64) for part in rows]
+        self.rows = [RowSet(part) for part in rows]
         self.tasks = dict(tasks)
         self.transform = transform
         self.schemes = tuple(dict.fromkeys(str(scheme) for scheme in schemes))

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 NO_SUBJECT = "no column subject: parts are split by image, so one person may be in training and in test"
 
+NEAR_DUPLICATES = "near_duplicates"
+"""Column of groups of almost equal images. It is made when a hold-out needs it, so a table may lack it."""
+
 _REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 _LARGE_FILE = 48 * 1024
 """Bytes from which a JPEG's header is read first: a smaller file is decoded faster than a decision is made."""
@@ -283,7 +286,7 @@ class Source:
         recipe: How faces are cropped from ``images``; None resizes whole images.
         skipped: Number of items that reading left out, by reason.
         notes: What a reader of results has to know, one sentence each.
-        together: Column whose rows with one value are held out together, e.g. near-duplicates of one photograph.
+        together: Column whose rows with one value are held out together, e.g. ``NEAR_DUPLICATES``.
         stratify: Column of classes that held-out groups are spread over evenly.
         prepared: Where ``images`` are stored crops, the recipe from the photographs to the model's input.
     """
@@ -312,5 +315,5 @@ class Source:
         elif self.group not in names:
             raise DataError(f"{self.name}: no column {self.group} to split by; {near(self.group, names)}")
         for key, column in (("together", self.together), ("stratify", self.stratify)):
-            if column is not None and column not in names:
-                raise DataError(f"{self.name}: {key}={column} is no column; {near(column, names)}")
+            if column not in (None, NEAR_DUPLICATES) and column not in names:
+                raise DataError(f"{self.name}: {key}={column} is no column; {near(str(column), names)}")

@@ -189,8 +189,9 @@ def _numbers_view(name: str, column: pa.Array) -> _Numbers:
     valid = _bitmap(column.buffers()[0], column.offset, len(column)) if column.null_count else None
     buffers = child.buffers()
     if width and buffers[0] is not None:
-        found = _bitmap(buffers[0], offset, length)
-        items = None if found.read(None).all() else found
+        # Counted by Arrow: unpacking the bits of millions of points takes gigabytes.
+        complete = column.values.slice(column.offset * width, length).null_count == 0
+        items = None if complete else _bitmap(buffers[0], offset, length)
     if pa.types.is_boolean(child.type):
         return _Numbers(_bitmap(buffers[1], offset, length), valid, items, width)
     values = np.frombuffer(buffers[1], child.type.to_pandas_dtype()) if buffers[1] is not None else np.empty(0)
@@ -219,6 +220,7 @@ class FaceTable:
         self.root = root
         self.metadata = dict(metadata)
         self.path = path
+        self._restated: dict[str, JSON] = {}
         self._views: dict[str, _Numbers] = {}
         self._expressions: tuple[str, ...] | None = None
         self._fingerprint: str | None = None
@@ -370,7 +372,7 @@ class FaceTable:
     def __reduce__(self) -> tuple:
         # A mapped table travels to another process as its path: nothing is copied.
         if self.path is not None:
-            return FaceTable.open, (self.path, self.root)
+            return _reopened, (self.path, self.root, self._restated)
         return FaceTable, (self.arrow, self.root, self.metadata)
 
     # ----------------------------------------------------------------------------------------------- reading
@@ -505,7 +507,9 @@ class FaceTable:
 
     def with_metadata(self, **entries: JSON) -> FaceTable:
         """Return the table with entries of its metadata added or replaced."""
-        return FaceTable(self.arrow, self.root, {**self.metadata, **entries})
+        table = FaceTable(self.arrow, self.root, {**self.metadata, **entries}, self.path)
+        table._restated = {**self._restated, **entries}
+        return table
 
     def truth(self) -> FaceTable:
         """Return a predictions table with the true labels under their own names instead of the predicted columns.
@@ -523,6 +527,12 @@ class FaceTable:
         found = FaceTable(pa.table(columns), self.root, {}).expressions
         known = (*self.expressions, *(name for name in found if name not in self.expressions))
         return FaceTable(pa.table(columns), self.root, self._stating_expressions(known))
+
+
+def _reopened(path: Path, root: Path, restated: Mapping[str, JSON]) -> FaceTable:
+    """Return a mapped table in another process, with the metadata that was changed after it was opened."""
+    table = FaceTable.open(path, root)
+    return table.with_metadata(**restated) if restated else table
 
 
 def _indices(rows: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from affect import labels
 from affect.data import images as images_module
 from affect.data.dataset import (
     FaceDataset,
+    RowSet,
     alignment_scheme,
     collate,
     croppable,
@@ -394,3 +396,26 @@ def test_collate_joins_batches():
     whole = data.batch(0, np.arange(4))
     same(collate([data.batch(0, np.array([k])) for k in range(4)]), whole)
     assert collate(whole) is whole
+
+
+@pytest.mark.parametrize(
+    ("rows", "most"),
+    [
+        ([], 700),
+        (range(5, 5000), 900),
+        ([*range(10, 900), *range(1000, 4000), *range(4001, 9000)], 900),
+        (range(0, 3000, 3), 4 * 1000 + 700),
+        ([7, 3, 3, 9, 10, 11, 2], 700),
+        ([2**40, 2**40 + 2, 1], 700),
+    ],
+)
+def test_chosen_rows_are_small_and_come_back_in_their_order(rows, most):
+    wanted = np.array(list(rows), np.int64)
+    chosen = RowSet(wanted)
+    assert len(chosen) == len(wanted)
+    np.testing.assert_array_equal(np.asarray(chosen), wanted)
+    received = pickle.loads(pickle.dumps(chosen))
+    positions = np.random.default_rng(0).integers(0, max(len(wanted), 1), 200 if len(wanted) else 0)
+    np.testing.assert_array_equal(received[positions], wanted[positions])
+    assert received[positions].dtype == np.int64
+    assert len(pickle.dumps(chosen)) < most
