@@ -72,6 +72,8 @@ class Asymmetric(Loss):
             raise ConfigError(f"clip={clip}: must lie in [0, 1)")
         self.gamma_negative, self.gamma_positive, self.clip = float(gamma_negative), float(gamma_positive), float(clip)
 
+    def cells(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        return asymmetric(output, target, mask, self.gamma_negative, self.gamma_positive, self.clip)
+
     def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Terms:
-        values = asymmetric(output, target, mask, self.gamma_negative, self.gamma_positive, self.clip)
-        return reduce(values, mask)
+        return reduce(self.cells(output, target, mask), mask)

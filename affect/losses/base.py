@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from affect.errors import DataError
+from affect.errors import ConfigError, DataError
 
 
 class Terms(NamedTuple):
@@ -59,6 +59,16 @@ class Loss(nn.Module):
             mask: True where labelled, bool ``(B, K)``, for landmarks ``(B, P)``.
         """
         raise NotImplementedError
+
+    def cells(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Return the loss of each cell ``(B, K)``, 0 where masked, for methods that mix losses before they are summed.
+
+        Arguments as in ``forward``.
+
+        Raises:
+            ConfigError: If the loss is no sum over cells.
+        """
+        raise ConfigError(f"loss {type(self).__name__} is not taken cell by cell; choose another, e.g. loss=bce")
 
     def fit(self, encoded: Sequence[Encoded]) -> None:
         """Take statistics of the coded training cells, e.g. class weights. The default needs none.

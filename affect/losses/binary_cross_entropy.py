@@ -74,6 +74,9 @@ class BinaryCrossEntropy(Loss):
         self.weights.fit(encoded)
         self.positive_weights.fit(encoded)
 
-    def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Terms:
+    def cells(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         weights, positive = self.weights(output), self.positive_weights(output)
-        return reduce(binary_cross_entropy(output, target, mask, weights, positive), mask)
+        return binary_cross_entropy(output, target, mask, weights, positive)
+
+    def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Terms:
+        return reduce(self.cells(output, target, mask), mask)

@@ -60,6 +60,10 @@ class Combined(Loss):
         for loss in self.losses.values():
             loss.fit(encoded)  # type: ignore[operator]
 
+    def cells(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        parts = [self.factors[name] * loss.cells(output, target, mask) for name, loss in self.losses.items()]  # type: ignore[operator]
+        return torch.stack(parts).sum(0)
+
     def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Terms:
         terms = [loss(output, target, mask) for loss in self.losses.values()]
         return combine(terms, list(self.factors.values()))

@@ -76,6 +76,13 @@ class Dice(Loss):
     def fit(self, encoded: Sequence[Encoded]) -> None:
         self.weights.fit(encoded)
 
+    def cells(self, output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        if not self.per_sample:
+            raise ConfigError("loss Dice is taken over the batch; per_sample=true takes it cell by cell")
+        values = dice_per_sample(output, target, mask, self.epsilon)
+        weights = self.weights(values)
+        return values if weights is None else values * weights
+
     def forward(self, output: Tensor, target: Tensor, mask: Tensor) -> Terms:
         if self.per_sample:
             terms = reduce(dice_per_sample(output, target, mask, self.epsilon), mask)

@@ -8,7 +8,7 @@ differs. Optimisation stays automatic.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import pytorch_lightning as pl
@@ -147,11 +147,21 @@ class AffectModule(pl.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- terms
 
-    def task_terms(self, outputs: Mapping[str, Tensor], batch: Batch) -> dict[str, Terms]:
-        """Return each task's loss terms; only here do losses meet (transformed) targets."""
+    def task_terms(
+        self, outputs: Mapping[str, Tensor], batch: Batch, only: Collection[str] | None = None
+    ) -> dict[str, Terms]:
+        """Return the loss terms of each task; targets are transformed here and nowhere before.
+
+        Args:
+            outputs: Representation by task.
+            batch: The batch.
+            only: Tasks whose terms are wanted; None takes all that have a loss.
+        """
         self._outputs = dict(outputs)
         terms = {}
         for name, loss in self.losses.items():
+            if only is not None and name not in only:
+                continue
             mask = batch.masks[name]
             target = self.tasks[name].transform_targets(batch.targets[name], mask)
             terms[name] = loss(outputs[name], target, mask)
@@ -270,7 +280,9 @@ class AffectModule(pl.LightningModule):
         """Return groups of trainable parameters with ``lr_scale``; no weight decay for biases, norms and scalars.
 
         Nor for what the class (``no_weight_decay``) or the encoder's architecture excludes, e.g. position embeddings.
-        Methods override this to add groups of their own (schedule, decay, clipping).
+        Methods override this to add groups of their own. Besides the optimiser's keys a group may have ``lr`` (its own
+        rate instead of a scaled one), ``schedule="constant"`` (the schedule leaves it alone), ``clip=False`` (no part
+        in the clipping of gradients) and ``name``.
         """
         depth: dict[int, float] = {}
         undecayed: set[int] = set()
@@ -307,7 +319,7 @@ class AffectModule(pl.LightningModule):
             if not isinstance(rate, int | float):
                 raise ConfigError(f"optimizer.lr={rate}: a number is needed")
             for group in groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
+                group.setdefault("lr", rate * group.get("lr_scale", 1.0))
         return self.optimizer(groups)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
@@ -323,10 +335,37 @@ class AffectModule(pl.LightningModule):
             steps = int(self.trainer.estimated_stepping_batches)
             extra["total_steps"] = steps if interval == "step" else int(self.trainer.max_epochs or 1)
         scheduler = self.scheduler(optimizer, **extra)
+        _hold_constant(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": interval},
         }
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:  # noqa: ANN401
+        """Advance the schedule; groups with ``schedule="constant"`` keep their rate."""
+        super().lr_scheduler_step(scheduler, metric)
+        _hold_constant(scheduler.optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients as the trainer is told to; groups with ``clip=False`` take no part."""
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups if group.get("clip", True) for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    # ----------------------------------------------------------------------------------------------- reading
+
+    def findings(self) -> dict[str, Any]:
+        """Return what a trained model tells of itself (an order, learnt weights), ready for JSON, by topic."""
+        return {}
 
     # --------------------------------------------------------------------------------- taps, state, placement
 
@@ -377,3 +416,10 @@ class AffectModule(pl.LightningModule):
         if missing or unexpected:
             raise RuntimeError(f"missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}")
         self.load_state_dict(dict(state), strict=False)
+
+
+def _hold_constant(optimizer: torch.optim.Optimizer) -> None:
+    """Give groups with ``schedule="constant"`` their initial rate, whatever a schedule made of it."""
+    for group in optimizer.param_groups:
+        if group.get("schedule") == "constant" and "initial_lr" in group:
+            group["lr"] = group["initial_lr"]

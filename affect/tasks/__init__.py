@@ -14,7 +14,7 @@ from affect.tasks.kinds import (
     to_fractions,
     to_pixels,
 )
-from affect.tasks.targets import UniformSmoothing
+from affect.tasks.targets import RobinHood, UniformSmoothing
 
 __all__ = [
     "AUIntensity",
@@ -26,6 +26,7 @@ __all__ = [
     "Expression",
     "HeadPose",
     "Landmarks",
+    "RobinHood",
     "TargetTransform",
     "Task",
     "UniformSmoothing",

@@ -74,11 +74,14 @@ class Task(ABC):
     Attributes:
         softmax: Whether the outputs are classes of one distribution (one loss term) and not K separate terms.
         flags: Whether each value is the probability of a yes or no, which pictures show as present or absent.
+        rates: Mean label of the coded training cells of each output ``(K,)``, NaN where none is coded; None before
+            training data were seen.
     """
 
     softmax: ClassVar[bool] = False
     flags: ClassVar[bool] = False
     metrics: list
+    rates: np.ndarray | None = None
 
     def __init__(
         self,

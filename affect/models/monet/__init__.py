@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MONET: multi-order networks for action unit detection (arXiv 2202.00446)."""
+
+from affect.models.monet.module import Monet
+from affect.models.monet.network import MultiOrder, TaskCells
+
+__all__ = ["Monet", "MultiOrder", "TaskCells"]
