@@ -21,12 +21,15 @@ from affect.data.protocol import (
     TEST,
     TRAIN,
     VALIDATION,
+    Division,
     Protocol,
-    assign,
+    divide,
+    faceless_rows,
     group_codes,
+    keep_classes,
+    people_of,
     require_parts,
     spread,
-    unused_rows,
 )
 from affect.data.sampling import EpochSampler, OrderedSampler, Pool, Sampling, class_pools, weighted_pool
 from affect.data.transforms import FaceTransform
@@ -36,9 +39,6 @@ from affect.tasks.base import Task, require_own_columns
 _log = logging.getLogger(__name__)
 
 ALL = "all"
-UNUSED_PART = "part neither trains, selects nor tests"
-"""Reason that a row of an official part is left out."""
-
 _BLOCK = 1 << 16
 _MOST_CLASSES = 64
 
@@ -240,7 +240,7 @@ class FaceDataModule(pl.LightningDataModule):
     Args:
         sources: Tables with their images.
         tasks: Tasks by name; bound to the sources here and fitted on training rows.
-        protocol: How sources are split.
+        protocol: How sources are split and scored.
         train_transform: Crop and augmentation in training.
         eval_transform: Crop in evaluation.
         batch_size: Samples of a batch of one process.
@@ -249,6 +249,7 @@ class FaceDataModule(pl.LightningDataModule):
         schemes: Landmark schemes of ``FaceBatch.points``.
         seed: Seed of order and augmentation.
         limit: At most so many rows of each part, spread evenly; None takes all.
+        protocols: How single sources are split, by name, where that is not ``protocol``.
     """
 
     def __init__(
@@ -264,6 +265,7 @@ class FaceDataModule(pl.LightningDataModule):
         schemes: Sequence[str] = (),
         seed: int = 0,
         limit: int | None = None,
+        protocols: Mapping[str, Protocol] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
@@ -273,17 +275,24 @@ class FaceDataModule(pl.LightningDataModule):
         doubled = {source.name for source in sources if [s.name for s in sources].count(source.name) > 1}
         if doubled:
             raise ConfigError(f"data: source names must differ, {sorted(doubled)[0]} occurs twice")
-        self.sources = list(sources)
+        self.delivered = list(sources)
         self.tasks = dict(tasks)
         self.protocol = protocol
+        for name in protocols or {}:
+            if name not in (source.name for source in sources):
+                raise ConfigError(f"data: a protocol of {name}: {near(name, [source.name for source in sources])}")
+        self.protocols = [(protocols or {}).get(source.name, protocol) for source in sources]
+        self.sources = [keep_classes(source, own) for source, own in zip(sources, self.protocols, strict=True)]
         self.train_transform, self.eval_transform = train_transform, eval_transform
         self.batch_size, self.num_workers = int(batch_size), int(num_workers)
         self.sampling = sampling or Sampling()
         self.schemes, self.seed, self.limit = tuple(schemes), int(seed), limit
         self.notes: list[str] = []
         self._bound = self._fitted = False
-        self._whole: list[np.ndarray] = []
+        self._usable: list[np.ndarray] = []
         self._dropped: dict[str, int] = {}
+        self._codes: dict[int, np.ndarray] = {}
+        self._divisions: list[Division] | None = None
         self._assigned: dict[str, list[np.ndarray]] | None = None
         self._start = (0, 0)
 
@@ -308,57 +317,87 @@ class FaceDataModule(pl.LightningDataModule):
         for task in self.tasks.values():
             task.bind(tables)
         require_own_columns(self.tasks)
-        for source in self.sources:
+        for source in self.delivered:  # A class whose rows the protocol leaves out is no unknown one.
             for name, task in self.tasks.items():
                 try:
                     task.check(source.table)
                 except DataError as error:
                     raise DataError(f"{source.name}, task {name}: {error}") from error
-        for source in self.sources:
-            for note in self._label_notes(source):
+        for source, protocol in zip(self.sources, self.protocols, strict=True):
+            for note in self._label_notes(source, protocol):
                 _log.warning("%s", note)
                 self.notes.append(note)
         for source in self.sources:
-            rows = np.arange(len(source.table))
-            usable = croppable(source.table, source.recipe, rows)
+            usable = croppable(source.table, source.recipe, np.arange(len(source.table)))
             if not usable.any():
                 needs = source.recipe.needs if source.recipe is not None else "nothing"
                 raise DataError(f"{source.name}: no row has the {needs} that the crop needs; use prepare=none")
-            self._whole.append(rows[usable])
+            self._usable.append(usable)
             if source.recipe is not None and not usable.all():
                 reason = f"no {source.recipe.needs} to crop by"
                 self._dropped[reason] = self._dropped.get(reason, 0) + int((~usable).sum())
         self._bound = True
 
-    def _label_notes(self, source: Source) -> list[str]:
+    def _label_notes(self, source: Source, protocol: Protocol) -> list[str]:
         """Return sentences on rows that count otherwise than a reader of results would expect."""
         where = f"{source.name}: " if len(self.sources) > 1 else ""
-        column = self.protocol.group or source.group
+        column = protocol.group or source.group
         alone = source.table.column(column).null_count if column in source.table.names else 0
         notes = [f"{where}{alone} rows without {column} are groups of their own"] if alone else []
         return notes + [
             f"{where}task {n}: {note}" for n, task in self.tasks.items() for note in task.notes(source.table)
         ]
 
+    @property
+    def divisions(self) -> list[Division]:
+        """How the rows of each source are used, before ``limit`` and whatever the crop cannot do without."""
+        if self._divisions is None:
+            self._divisions = divide(self.sources, self.protocols)
+            for source, division in zip(self.sources, self._divisions, strict=True):
+                where = f"{source.name}: " if len(self.sources) > 1 else ""
+                self.notes += [f"{where}{note}" for note in division.notes]
+        return self._divisions
+
+    @property
+    def leaks(self) -> list[str]:
+        """Sentences on people or groups in two parts, which only ``protocol.allow_leak`` lets pass."""
+        return [leak for division in self.divisions for leak in division.leaks]
+
+    def people(self) -> dict[str, list[str]]:
+        """Return who trains or selects, by name space of identities; the test part where it selects is left out."""
+        parts = self._parts()
+        selecting = [TRAIN] if self.protocol.selection == "best_on_test" else [TRAIN, VALIDATION]
+        rows = [np.concatenate(chosen) for chosen in zip(*(parts[part] for part in selecting), strict=True)]
+        return people_of(self.sources, rows)
+
+    def faceless(self, part: str) -> int:
+        """Return how many rows of a part show no found face, also where ``protocol.missing_faces`` leaves them out."""
+        count = 0
+        for k, (source, protocol) in enumerate(zip(self.sources, self.protocols, strict=True)):
+            rows = faceless_rows(source.table) if part == ALL else self.divisions[k].faceless[part]
+            if not len(rows):
+                continue
+            left_out = {"drop": True, "negative": part in (TRAIN, VALIDATION)}.get(protocol.missing_faces, False)
+            count += len(rows) if left_out else int(np.isin(rows, self.part_rows(part)[k]).sum())
+        return count
+
     def _parts(self) -> dict[str, list[np.ndarray]]:
         """Return the rows of each part by source, before ``limit``."""
         if self._assigned is None:
-            assigned = [assign(source, self.protocol) for source in self.sources]
+            pairs = list(zip(self.divisions, self._usable, strict=True))
             self._assigned = {
-                part: [
-                    rows[part][np.isin(rows[part], whole)] for rows, whole in zip(assigned, self._whole, strict=True)
-                ]
-                for part in PARTS
+                part: [division.rows[part][usable[division.rows[part]]] for division, usable in pairs] for part in PARTS
             }
-            unused = [unused_rows(source, self.protocol) for source in self.sources]
-            count = sum(int(np.isin(rows, whole).sum()) for rows, whole in zip(unused, self._whole, strict=True))
-            if count:
-                self._dropped[UNUSED_PART] = count
+            for division, usable in pairs:
+                for reason, rows in division.unused.items():
+                    count = int(usable[rows].sum())
+                    if count:
+                        self._dropped[reason] = self._dropped.get(reason, 0) + count
         return self._assigned
 
     def _fit(self) -> None:
         parts = self._parts()
-        require_parts(self.sources, [{p: parts[p][k] for p in PARTS} for k in range(len(self.sources))], self.protocol)
+        require_parts(self.sources, [{p: parts[p][k] for p in PARTS} for k in range(len(self.sources))], self.protocols)
         training = parts[TRAIN]
         for name, task in self.tasks.items():
             for note in require_variety(name, task, count_labels(task, self.sources, training)):
@@ -380,7 +419,7 @@ class FaceDataModule(pl.LightningDataModule):
         if part not in (*PARTS, ALL):
             raise ConfigError(f"part={part}: {near(part, (*PARTS, ALL))}")
         self.setup("test")
-        rows = self._whole if part == ALL else self._parts()[part]
+        rows = [np.flatnonzero(usable) for usable in self._usable] if part == ALL else self._parts()[part]
         return spread(rows, self.limit)
 
     def rows(self, part: str) -> int:
@@ -405,7 +444,7 @@ class FaceDataModule(pl.LightningDataModule):
         self.setup("fit")
         self._refuse_foreign_sampler()
         dataset = self.dataset(TRAIN, augment=True)
-        pools = sampling_pools(self.sampling, self.sources, dataset.rows, self.tasks)
+        pools = sampling_pools(self.sampling, self.sources, self.part_rows(TRAIN), self.tasks)
         length = len(dataset) if self.sampling.length is None else self.sampling.length
         rank, world = self._process()
         sampler = EpochSampler(pools, length, self.batch_size, self.seed, rank, world)
@@ -432,7 +471,8 @@ class FaceDataModule(pl.LightningDataModule):
         """
         dataset = self.dataset(part)
         if not len(dataset):
-            raise DataError(f"the {part} part is empty (protocol.test={self.protocol.test}); evaluate part=all instead")
+            asked = self.protocol.test_name
+            raise DataError(f"the {part} part is empty (protocol.test={asked}); evaluate part=all instead")
         loading = self._loading(dataset, OrderedSampler(len(dataset), self.batch_size))
         return DataLoader(**{**loading, "persistent_workers": False})
 
@@ -511,21 +551,25 @@ class FaceDataModule(pl.LightningDataModule):
 
         Returns:
             ``parts``: rows, groups and, by task, labelled cells and mean label (rate of positives, share of a class) of
-            each output; ``sources``: name, dataset, rows, group and fingerprint; ``skipped``: number by reason;
-            ``notes``: sentences.
+            each output, and how many rows show no found face; ``sources``: name, dataset, rows, group and fingerprint;
+            ``skipped``: number by reason; ``notes``: sentences; ``leaks``: sentences on people in two parts.
         """
         self.setup("test")
         names = PARTS if self._fitted else (*PARTS, ALL)
         parts: dict[str, Any] = {}
-        codes = [group_codes(s.table, self.protocol.group or s.group)[0] for s in self.sources]
         for part in names:
             try:
                 rows = self.part_rows(part)
             except DataError:
                 continue  # A table that is only evaluated need not be splittable.
-            groups = sum(len(np.unique(code[chosen])) for code, chosen in zip(codes, rows, strict=True))
+            groups = sum(self._groups(k, chosen) for k, chosen in enumerate(rows))
             labels = {name: self._label_summary(task, rows) for name, task in self.tasks.items()}
-            parts[part] = {"rows": sum(len(chosen) for chosen in rows), "groups": groups, "labels": labels}
+            parts[part] = {
+                "rows": sum(len(chosen) for chosen in rows),
+                "groups": groups,
+                "without_face": self.faceless(part),
+                "labels": labels,
+            }
         skipped = dict(self._dropped)
         for source in self.sources:
             for reason, count in source.skipped.items():
@@ -539,14 +583,22 @@ class FaceDataModule(pl.LightningDataModule):
                     "name": source.name,
                     "dataset": source.table.metadata.get("dataset", source.name),
                     "rows": len(source.table),
-                    "group": self.protocol.group or source.group,
+                    "group": protocol.group or source.group,
                     "fingerprint": source.table.fingerprint,
                 }
-                for source in self.sources
+                for source, protocol in zip(self.delivered, self.protocols, strict=True)
             ],
             "skipped": skipped,
             "notes": [*notes, *self.notes],
+            "leaks": self.leaks if self._divisions is not None else [],
         }
+
+    def _groups(self, index: int, rows: np.ndarray) -> int:
+        """Return the number of groups that ``rows`` of a source belong to."""
+        if index not in self._codes:
+            source = self.sources[index]
+            self._codes[index] = group_codes(source.table, self.protocols[index].group or source.group)[0]
+        return int(np.count_nonzero(np.bincount(self._codes[index][rows]))) if len(rows) else 0
 
     def _label_summary(self, task: Task, rows: Sequence[np.ndarray]) -> dict[str, Any]:
         counts = count_labels(task, self.sources, rows)

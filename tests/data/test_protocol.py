@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from affect.data.images import Source
-from affect.data.protocol import PARTS, Protocol, assign, group_codes, require_parts, split_groups, spread, unused_rows
+from affect.data.protocol import (
+    PARTS,
+    UNUSED_PART,
+    Protocol,
+    assign,
+    divide,
+    group_codes,
+    require_parts,
+    split_groups,
+    spread,
+)
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from tests.data import samples
@@ -153,8 +163,9 @@ def test_rows_of_no_part_are_unused():
     data = source(60, 12, part=names.tolist(), subject=[f"{k % 4} {k % 20}" for k in range(60)])
     rows = assign(data, Protocol(test="test"))
     assert sum(len(part) for part in rows.values()) == 45
-    assert unused_rows(data, Protocol(test="test")).tolist() == list(range(3, 60, 4))
-    assert len(unused_rows(data, Protocol(test=0))) == 0
+    unused = divide([data], [Protocol(test="test")])[0].unused
+    assert {reason: rows.tolist() for reason, rows in unused.items()} == {UNUSED_PART: list(range(3, 60, 4))}
+    assert not divide([data], [Protocol(test=0)])[0].unused
 
 
 def test_a_leak_names_the_groups():
