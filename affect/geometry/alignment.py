@@ -243,6 +243,9 @@ class CropRecipe:
         antialias: Average pixels where the image is shrunk to less than half.
         detector: Name of the face detector that boxes come from; a note for prediction on new images.
         provider: Name of the landmark provider; ``annotations`` stands for the dataset's own points.
+        stored: Side in pixels of the crops that ``affect prepare`` writes to disk; 0 crops while loading. The margin is
+            then that of the stored crop.
+        window: Side in pixels of the centred square of the stored crop that a model sees; 0 shows all of it.
     """
 
     name: str = "aligned"
@@ -255,6 +258,8 @@ class CropRecipe:
     antialias: bool = True
     detector: str = "faceapi"
     provider: str = "faceapi"
+    stored: int = 0
+    window: int = 0
 
     def __post_init__(self) -> None:
         for key, options in (
@@ -266,11 +271,17 @@ class CropRecipe:
             value = getattr(self, key)
             if value not in get_args(options):
                 raise ConfigError(f"recipe.{key}={value!r}: {near(str(value), get_args(options))}")
-        if isinstance(self.size, bool) or int(self.size) != self.size or self.size < 1:
-            raise ConfigError(f"recipe.size={self.size!r} must be a whole number of pixels, at least 1")
+        for key, least in (("size", 1), ("stored", 0), ("window", 0)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or int(value) != value or value < least:
+                raise ConfigError(f"recipe.{key}={value!r} must be a whole number of pixels, at least {least}")
+            object.__setattr__(self, key, int(value))
+        if self.window > self.stored:
+            raise ConfigError(
+                f"recipe.window={self.window} must lie inside the stored crop, which has stored={self.stored} pixels"
+            )
         if not -0.5 < self.margin < 100:
             raise ConfigError(f"recipe.margin={self.margin!r} must lie above -0.5 (a fraction of the face's square)")
-        object.__setattr__(self, "size", int(self.size))
         object.__setattr__(self, "margin", float(self.margin))
 
     # ------------------------------------------------------------------------------------------------ matrices
@@ -399,11 +410,54 @@ class CropRecipe:
                 f"(first: row {int(np.argmax(bad))}); drop these rows or label them"
             )
 
+    # --------------------------------------------------------------------------------------------- stored crops
+
+    def storage(self) -> CropRecipe:
+        """Return the recipe of the crops on disk: ``stored`` pixels wide, whatever a model then sees of them.
+
+        Raises:
+            ConfigError: If the recipe crops while loading.
+        """
+        self._require_stored()
+        return dataclasses.replace(self, size=self.stored, stored=0, window=0)
+
+    def loading(self, size: int | None = None) -> CropRecipe:
+        """Return the recipe from stored crops to a model's input: their centred window, resized.
+
+        Args:
+            size: Side of the model's input in pixels; None takes the recipe's.
+        """
+        self._require_stored()
+        margin = ((self.window or self.stored) / self.stored - 1) / 2
+        return dataclasses.replace(
+            self, kind="none", size=self.size if size is None else size, margin=margin, stored=0, window=0
+        )
+
+    def composed(self, size: int | None = None) -> CropRecipe:
+        """Return the one recipe from photographs to a model's input that ``storage`` and ``loading`` make together.
+
+        A recipe without stored crops is that already.
+        """
+        size = self.size if size is None else size
+        if not self.stored:
+            return dataclasses.replace(self, size=size)
+        margin = ((1 + 2 * self.margin) * (self.window or self.stored) / self.stored - 1) / 2
+        return dataclasses.replace(self, size=size, margin=margin, stored=0, window=0)
+
+    def _require_stored(self) -> None:
+        if not self.stored:
+            raise ConfigError(f"recipe {self.name}: stored=0, its crops are cut while loading and never stored")
+
     # ------------------------------------------------------------------------------------------------ metadata
 
     def describe(self) -> dict[str, str | int | float | bool]:
-        """Return every field and the version of the mean face, ready for JSON or YAML."""
+        """Return every field and the version of the mean face, ready for JSON or YAML.
+
+        ``stored`` and ``window`` are named by recipes that have them.
+        """
         described = dataclasses.asdict(self)
+        if not self.stored:
+            del described["stored"], described["window"]
         if self.kind == "similarity":
             described["template"] = TEMPLATE_VERSION
         return described

@@ -326,10 +326,41 @@ class TestRecipe:
             "antialias": False,
             "detector": "mediapipe",
             "provider": "mediapipe",
+            "stored": 256,
         }
         hashes = {dataclasses.replace(base, **{key: value}).hash for key, value in changes.items()}
         assert len(hashes | {base.hash}) == len(changes) + 1
-        assert set(changes) | {"name"} == {field.name for field in dataclasses.fields(base)}
+        assert set(changes) | {"name", "window"} == {field.name for field in dataclasses.fields(base)}
+        stored = dataclasses.replace(base, stored=256)
+        assert dataclasses.replace(stored, window=224).hash != stored.hash
+
+    def test_a_recipe_that_crops_while_loading_is_described_as_before_there_were_stored_crops(self):
+        assert CropRecipe().hash == "cfd929d2170e"
+        assert not {"stored", "window"} & set(CropRecipe().describe())
+        stored = CropRecipe(stored=256, window=224)
+        assert CropRecipe.read(stored.describe()) == stored
+
+    @pytest.mark.parametrize("window", [0, 176])
+    def test_a_stored_crop_and_its_window_are_one_recipe_from_the_photograph(self, window):
+        recipe = CropRecipe(size=112, margin=0.1243, stored=200, window=window)
+        given = transform_points(rotation(12, 50, (20, 30)), FACE_68)
+        on_disk, seen = recipe.storage(), recipe.loading()
+        assert (on_disk.size, on_disk.margin, seen.kind, seen.size) == (200, 0.1243, "none", 112)
+        two = compose(seen.matrix(image_size=(200, 200)), on_disk.matrix(given))
+        np.testing.assert_allclose(two, recipe.composed().matrix(given), atol=1e-9)
+        centre = transform_points(seen.matrix(image_size=(200, 200)), [[99.5, 99.5]])
+        np.testing.assert_allclose(centre, [[55.5, 55.5]])
+        assert recipe.composed(64).size == recipe.loading(64).size == 64
+        assert dataclasses.replace(recipe, window=100).storage() == on_disk
+
+    def test_stored_crops_that_cannot_be(self):
+        with pytest.raises(ConfigError, match="window=224 must lie inside the stored crop"):
+            CropRecipe(stored=200, window=224)
+        with pytest.raises(ConfigError, match=r"recipe.stored=-1 must be a whole number"):
+            CropRecipe(stored=-1)
+        with pytest.raises(ConfigError, match="stored=0"):
+            CropRecipe().storage()
+        assert CropRecipe(size=96).composed() == CropRecipe(size=96)
 
     def test_flip_of_image_and_points_gives_the_mirrored_crop(self):
         image = RNG.integers(0, 255, (120, 90, 3), dtype=np.uint8)
