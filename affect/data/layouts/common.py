@@ -20,9 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from affect.data.images import ImageReader
 from affect.data.table import JSON, ColumnLike, FaceTable
 from affect.errors import DataError
 from affect.files import replacing
+
+_TOGETHER = 64
 
 EXAMPLES = 10
 """How many names are kept of what was left out, per reason."""
@@ -95,6 +98,8 @@ class Reading:
             return sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed ({error.strerror})") from error
 
     def numbered(self, folder: str | Path) -> dict[int, str]:
         """Return the images of a folder by their number, whatever their zero padding; other files are left out.
@@ -102,16 +107,7 @@ class Reading:
         Raises:
             DataError: If two files have the same number.
         """
-        found: dict[int, str] = {}
-        for name in self.listing(folder):
-            match = NUMBERED.fullmatch(name)
-            if match is None:
-                continue
-            number = int(match[1])
-            if number in found:
-                raise DataError(f"{self.root / folder}: {found[number]} and {name} are the same number; remove one")
-            found[number] = name
-        return found
+        return by_number(self.listing(folder), self.root / folder)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -130,6 +126,8 @@ class Reading:
             raise DataError(f"{full}: cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{full}: not a text file (byte {error.start} is not UTF-8)") from error
+        if "\0" in content:
+            raise DataError(f"{full}: not a text file (it holds zero bytes)")
         return content.replace("\r\n", "\n").replace("\r", "\n")
 
     def lines(self, path: str | Path) -> list[tuple[int, str]]:
@@ -143,10 +141,10 @@ class Reading:
         Raises:
             DataError: If the file is empty.
         """
-        lines = self.lines(path)
-        if not lines:
+        first = next((line for line in self.text(path).split("\n") if line.strip()), None)
+        if first is None:
             raise DataError(f"{self.root / path}: the file is empty")
-        return [cell.strip() for cell in lines[0][1].split(separator)]
+        return [cell.strip() for cell in first.strip().split(separator)]
 
     def numbers(
         self, path: str | Path, fields: int, skip: int = 0, separator: str | None = ",", integer: bool = False
@@ -236,11 +234,33 @@ class Reading:
         return table
 
 
+def by_number(names: Iterable[str], folder: Path) -> dict[int, str]:
+    """Return image names by their number, whatever their zero padding; other names are left out.
+
+    Args:
+        names: File names, without a folder.
+        folder: For messages.
+
+    Raises:
+        DataError: If two names have the same number.
+    """
+    found: dict[int, str] = {}
+    for name in names:
+        match = NUMBERED.fullmatch(name)
+        if match is None:
+            continue
+        number = int(match[1])
+        if number in found:
+            raise DataError(f"{folder}: {found[number]} and {name} are the same number; remove one")
+        found[number] = name
+    return found
+
+
 def state(path: Path) -> list[int] | None:
     """Return size and time of change of a file, 0 and time of change of a folder, None if it does not exist."""
     try:
         found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):  # a name from a damaged list may be too long for a file, or hold what none may
         return None
     return [0 if path.is_dir() else found.st_size, found.st_mtime_ns]
 
@@ -260,7 +280,7 @@ def number_of(cell: str, where: str, integer: bool = False) -> float:
         DataError: If it is none; ``where`` says in which file and line.
     """
     try:
-        value = float(cell)
+        value = float(cell) if "_" not in cell else np.nan  # Python reads 1_0 as ten
     except ValueError:
         value = np.nan
     if not np.isfinite(value) or (integer and value != round(value)):
@@ -291,6 +311,18 @@ def _fast_numbers(text: str, fields: int, skip: int, separator: str) -> np.ndarr
     return values if np.isfinite(values).all() else None
 
 
+def box_around(points: np.ndarray, enlarge: float = 0.0) -> np.ndarray:
+    """Return the boxes x1 y1 x2 y2 ``(N, 4)`` around points, as annotators and detectors draw them.
+
+    Args:
+        points: ``(N, P, 2)`` in pixels.
+        enlarge: Width and height added on each side, as a fraction of the tight box.
+    """
+    low, high = points.min(1), points.max(1)
+    grown = enlarge * (high - low)
+    return np.concatenate([low - grown, high + grown], 1)
+
+
 # ------------------------------------------------------------------------------------------------------ writing
 
 
@@ -303,16 +335,49 @@ def write_lines(path: Path, lines: Iterable[str], ending: str = "\n", final: boo
         ending: Line end.
         final: Whether the last line has one.
     """
+    text = ending.join([*lines, *([""] if final else [])])
     with replacing(path) as part:
-        part.write_bytes((ending.join(lines) + (ending if final else "")).encode())
+        part.write_bytes(text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, atomically; its folder is made."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+def encode_image(image: np.ndarray, suffix: str) -> bytes:
+    """Return RGB uint8 ``(H, W, 3)`` in the format of a name's ending, e.g. ``.jpg`` (JPEG at quality 95).
+
+    Raises:
+        DataError: If OpenCV does not write this format.
+    """
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if suffix.lower() in (".jpg", ".jpeg") else []
+    try:
+        worked, data = cv2.imencode(suffix, bgr, options)
+    except cv2.error:
+        worked = False
+    if not worked:
+        raise DataError(f"images cannot be written as {suffix!r}; use .jpg or .png")
+    return data.tobytes()
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
     """Write RGB uint8 ``(H, W, 3)`` in the format that the name ends in (JPEG at quality 95), atomically."""
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if path.suffix.lower() in (".jpg", ".jpeg") else []
-    worked, data = cv2.imencode(path.suffix, bgr, options)
-    if not worked:
-        raise DataError(f"{path}: images cannot be written as {path.suffix}")
-    with replacing(path) as part:
-        part.write_bytes(data.tobytes())
+    write_bytes(path, encode_image(image, path.suffix))
+
+
+def write_images(table: FaceTable, root: Path, images: ImageReader) -> None:
+    """Write the pictures of all rows under the names in the column ``image``, a few at a time.
+
+    Args:
+        table: Table whose rows are written.
+        root: Folder that the names are relative to.
+        images: Reader of the rows' pictures.
+    """
+    for start in range(0, len(table), _TOGETHER):
+        rows = np.arange(start, min(start + _TOGETHER, len(table)))
+        names = table.strings("image", rows)[0]
+        for name, image in zip(names, images.read(rows), strict=True):
+            write_image(root / name, image)

@@ -73,18 +73,21 @@ class LayoutContract:
     # ---------------------------------------------------------------------------------------------- fixtures
 
     @pytest.fixture(scope="class")
-    def dressed(self, drawn) -> Dressed:
-        return self.dress(drawn)
+    @classmethod
+    def dressed(cls, drawn) -> Dressed:
+        return cls().dress(drawn)
 
     @pytest.fixture(scope="class")
-    def root(self, dressed, tmp_path_factory) -> Path:
+    @classmethod
+    def root(cls, dressed, tmp_path_factory) -> Path:
         folder = tmp_path_factory.mktemp("above") / "tree"
-        self.write(dressed.table, folder, ChosenFaces(dressed.rows))
+        cls().write(dressed.table, folder, ChosenFaces(dressed.rows))
         return folder
 
     @pytest.fixture(scope="class")
-    def table(self, root) -> FaceTable:
-        return self.read(root)
+    @classmethod
+    def table(cls, root) -> FaceTable:
+        return cls().read(root)
 
     # ------------------------------------------------------------------------------------------------- tests
 
