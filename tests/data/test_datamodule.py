@@ -136,6 +136,49 @@ def test_it_can_be_sent_to_a_process(tmp_path):
     assert len(pickle.loads(sent)) == data.rows("train")
 
 
+def test_what_a_process_is_sent_does_not_grow_with_the_table(tmp_path):
+    sizes = []
+    for count in (1_000, 100_000):
+        columns = {
+            "image": [f"{k}.png" for k in range(count)],
+            "sequence": [f"v{20 * k // count:02d}" for k in range(count)],
+            "valence": np.zeros(count, np.float32),
+            "arousal": np.linspace(-1, 1, count, dtype=np.float32),
+        }
+        table = FaceTable.from_columns(columns).save(tmp_path / f"{count}.arrow").with_metadata(note="mapped")
+        data = module([source(table=table, images=FileImages(table), group="sequence")], {"va": ValenceArousal()})
+        dataset = data.dataset("train")
+        sizes.append(len(pickle.dumps(dataset)))
+        received = pickle.loads(pickle.dumps(dataset))
+        assert len(received) == data.rows("train") >= count // 2
+        some = np.arange(0, len(received), 37)
+        np.testing.assert_array_equal(received.locate(some)[1], data.part_rows("train")[0][some])
+    assert sizes[1] < sizes[0] + 200
+
+
+def test_a_source_may_have_a_protocol_of_its_own():
+    columns = {**samples.columns(60, 12), "part": ["train", "dev"] * 30}
+    columns["subject"] = [f"s{k % 12:02d}" for k in range(60)]
+    official = FaceTable.from_columns(columns, ".", samples.table(2).metadata)
+    sources = [source(name="folds"), source(name="parts", table=official)]
+    own = Protocol(test="dev", train=["train"], validation_fraction=0.25)
+    data = module(sources, protocols={"parts": own})
+    alone = module([sources[0]])
+    for part in ("train", "validation", "test"):
+        np.testing.assert_array_equal(data.part_rows(part)[0], alone.part_rows(part)[0])
+    np.testing.assert_array_equal(data.part_rows("test")[1], np.arange(1, 60, 2))
+    with pytest.raises(ConfigError, match="a protocol of prats: did you mean parts"):
+        module(sources, protocols={"prats": own})
+
+
+def test_a_source_that_only_trains_leaves_testing_to_the_others():
+    sources = [source(name="tested"), source(name="helper")]
+    data = module(sources, protocols={"helper": Protocol(train_only=True, validation_fraction=0)})
+    assert [len(rows) for rows in data.part_rows("test")] == [len(module([sources[0]]).part_rows("test")[0]), 0]
+    assert len(data.part_rows("train")[1]) == 60
+    data.setup("fit")
+
+
 # --------------------------------------------------------------------------------------------- resumption
 
 
