@@ -40,6 +40,7 @@ class Monet(AffectModule):
         hidden: Size H of the state.
         label_features: Size L of the label encoding.
         candidate: ``tanh``, or ``sigmoid`` for the cell of the authors' research code.
+        tied: One cell and head for all tasks; with one natural order it is the baseline MRNN.
         mixing: ``bound`` (loss B, the mean of the orders' losses) or ``mixture`` (loss A, the mixture's likelihood).
         kept: Number k of orders that are run in training; None runs all.
         dropout: Whether each ``example`` or each ``batch`` has its own draw of kept orders.
@@ -71,6 +72,7 @@ class Monet(AffectModule):
         hidden: int = 64,
         label_features: int = 64,
         candidate: Candidate = "tanh",
+        tied: bool = False,
         mixing: Mixing = "bound",
         kept: int | None = 128,
         dropout: Dropout = "example",
@@ -109,10 +111,10 @@ class Monet(AffectModule):
         self.unknown, self.fresh_samples = unknown, bool(fresh_samples)
         self.encoder = encoder
         self.orders = MultiOrder(
-            encoder.num_features, torch.as_tensor(drawn), hidden, label_features, candidate, samples, sample_seed
+            encoder.num_features, torch.as_tensor(drawn), hidden, label_features, candidate, tied, samples, sample_seed
         )
         self.orders.order_logits.requires_grad_(bool(train_orders))
-        if log_odds_bias and ordered.rates is not None:
+        if log_odds_bias and not tied and ordered.rates is not None:
             rates = torch.as_tensor(ordered.rates, dtype=torch.float32)
             coded = rates.isfinite()
             start = torch.logit(rates.nan_to_num(0.5).clamp(1e-3, 1 - 1e-3))

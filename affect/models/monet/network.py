@@ -38,26 +38,35 @@ class TaskCells(nn.Module):
         label_features: Size of the label encoding L.
         candidate: ``tanh`` is the standard unit. ``sigmoid`` is the variant of the authors' research code, where the
             candidate is a sigmoid and the reset gate sees ``s(h)`` in place of ``h``.
+        tied: One cell and one head for all tasks (the MRNN baseline), which then differ by their history alone.
     """
 
-    def __init__(self, tasks: int, hidden: int = 64, label_features: int = 64, candidate: Candidate = "tanh") -> None:
+    def __init__(
+        self,
+        tasks: int,
+        hidden: int = 64,
+        label_features: int = 64,
+        candidate: Candidate = "tanh",
+        tied: bool = False,
+    ) -> None:
         super().__init__()
         if candidate not in ("tanh", "sigmoid"):
             raise ConfigError(f"model.candidate={candidate!r}: {near(str(candidate), ('tanh', 'sigmoid'))}")
         self.tasks, self.hidden, self.label_features, self.candidate = tasks, hidden, label_features, candidate
+        cells = 1 if tied else tasks
         # Gates in the order z, r, c along the last axis.
-        self.input_kernel = nn.Parameter(torch.empty(tasks, label_features, 3 * hidden))
-        self.state_kernel = nn.Parameter(torch.empty(tasks, hidden, 3 * hidden))
-        self.bias = nn.Parameter(torch.zeros(tasks, 3 * hidden))
-        self.head_weight = nn.Parameter(torch.empty(tasks, hidden))
-        self.head_bias = nn.Parameter(torch.zeros(tasks))
+        self.input_kernel = nn.Parameter(torch.empty(cells, label_features, 3 * hidden))
+        self.state_kernel = nn.Parameter(torch.empty(cells, hidden, 3 * hidden))
+        self.bias = nn.Parameter(torch.zeros(cells, 3 * hidden))
+        self.head_weight = nn.Parameter(torch.empty(cells, hidden))
+        self.head_bias = nn.Parameter(torch.zeros(cells))
         self.label_weight = nn.Parameter(torch.empty(tasks, label_features))
         self.label_bias = nn.Parameter(torch.zeros(label_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw parameters: Glorot for kernels, orthogonal states (Glorot for the variant), N(0, 1) for labels."""
-        for task in range(self.tasks):
+        for task in range(len(self.bias)):
             for gate in range(3):
                 columns = slice(gate * self.hidden, (gate + 1) * self.hidden)
                 nn.init.xavier_uniform_(self.input_kernel.data[task, :, columns])
@@ -78,6 +87,7 @@ class TaskCells(nn.Module):
         """
         base = torch.einsum("l,tlg->tg", self.label_bias, self.input_kernel) + self.bias
         known = torch.einsum("sl,tlg->tsg", self.label_weight, self.input_kernel)
+        base, known = base.expand(self.tasks, -1), known.expand(self.tasks, -1, -1)
         return base, known.reshape(self.tasks * self.tasks, 3 * self.hidden)
 
     def step(self, state: Tensor, gates: Tensor, multiply: Multiply) -> Tensor:
@@ -123,6 +133,8 @@ class TaskCells(nn.Module):
         shared = orders.ndim == 2
         count = orders.shape[-2]
         base, table = self.label_tables()
+        kernel = self.state_kernel.expand(tasks, -1, -1)
+        head_weight, head_bias = self.head_weight.expand(tasks, -1), self.head_bias.expand(tasks)
         needs_draw = labels is None or (unknown == "draw" and known is not None)
         if needs_draw and uniforms is None:
             uniforms = torch.rand(batch, count, tasks, device=state.device)
@@ -134,12 +146,12 @@ class TaskCells(nn.Module):
         logits = []
         for k in range(tasks):
             task = orders[..., k]
-            multiply = Shared(self.state_kernel, task) if shared else groups[k].bind(self.state_kernel)
+            multiply = Shared(kernel, task) if shared else groups[k].bind(kernel)
             gates = base[task]
             if k:
                 gates = gates + sign[..., None] * F.embedding(task * tasks + orders[..., k - 1], table)
             h = self.step(h, gates.expand(batch, count, 3 * self.hidden), multiply)
-            logit = (h * self.head_weight[task]).sum(-1) + self.head_bias[task]
+            logit = (h * head_weight[task]).sum(-1) + head_bias[task]
             logits.append(logit)
             if k + 1 < tasks:
                 sign = self._sign(logit.detach(), task.expand(batch, count), labels, known, uniforms, unknown)
@@ -240,6 +252,7 @@ class MultiOrder(nn.Module):
         hidden: Size of the state H. The compressor ``D -> H`` with ReLU is there only if they differ.
         label_features: Size of the label encoding L.
         candidate: See ``TaskCells``.
+        tied: See ``TaskCells``; the compressor is then linear, and always there.
         samples: Number N of orders and label strings that inference averages over.
         seed: Seed of the uniforms that inference draws by, so that an image has the same probabilities in any batch.
     """
@@ -255,6 +268,7 @@ class MultiOrder(nn.Module):
         hidden: int = 64,
         label_features: int = 64,
         candidate: Candidate = "tanh",
+        tied: bool = False,
         samples: int = 10,
         seed: int = 0,
     ) -> None:
@@ -262,8 +276,12 @@ class MultiOrder(nn.Module):
         if samples < 1:
             raise ConfigError(f"model.samples={samples}: at least one sample is needed")
         tasks = orders.shape[1]
-        self.compressor = nn.Sequential(nn.Linear(features, hidden), nn.ReLU()) if features != hidden else None
-        self.cells = TaskCells(tasks, hidden, label_features, candidate)
+        self.compressor: nn.Module | None = None
+        if tied:
+            self.compressor = nn.Linear(features, hidden)
+        elif features != hidden:
+            self.compressor = nn.Sequential(nn.Linear(features, hidden), nn.ReLU())
+        self.cells = TaskCells(tasks, hidden, label_features, candidate, tied)
         self.order_logits = nn.Parameter(torch.zeros(len(orders)))
         self.register_buffer("orders", orders.long())
         draw = torch.Generator().manual_seed(seed)
