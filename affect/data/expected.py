@@ -65,10 +65,11 @@ def measure(table: FaceTable, key: str) -> float | None:
     if kind == "distinct":
         codes = table.codes(column)[0][chosen]
         return float(len(np.unique(codes[codes >= 0])))
+    if kind == "labelled":
+        # Of any type: a column of class names has labelled cells too.
+        return float((chosen & table.column(column).is_valid().to_numpy(zero_copy_only=False)).sum())
     values, valid = table.numbers(column)
     chosen &= valid
-    if kind == "labelled":
-        return float(chosen.sum())
     return float(values[chosen].mean(dtype=np.float64)) if chosen.any() else None
 
 
