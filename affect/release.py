@@ -20,7 +20,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ FILE_KEYS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cac
 """Arguments of timm that read files or addresses; a release has no use for them."""
 
 MODEL, CONFIG, LABELS, PREPROCESS = "model.safetensors", "config.yaml", "labels.json", "preprocess.json"
-METRICS, CARD = "metrics.json", "README.md"
+METRICS, CARD, PEOPLE = "metrics.json", "README.md", "people.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Release:
         preprocess: Crop recipe, image size, channel order, mean, standard deviation.
         metrics: What the run measured.
         state: Weights.
+        people: Who trained or selected the model, by name space of identities; evaluation refuses to test on them.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Release:
     preprocess: dict[str, Any]
     metrics: dict[str, Any]
     state: dict[str, Tensor]
+    people: dict[str, list[str]] = field(default_factory=dict)
 
 
 def write_release(
@@ -79,6 +81,7 @@ def write_release(
     preprocess: Mapping[str, Any],
     metrics: Mapping[str, Any],
     card: str,
+    people: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Write a release folder; each file atomically, the weights last, so that a partial folder is never read."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +91,7 @@ def write_release(
         LABELS: json.dumps({name: list(names) for name, names in labels.items()}, indent=1),
         PREPROCESS: json.dumps(dict(preprocess), indent=1),
         METRICS: json.dumps(dict(metrics), indent=1),
+        PEOPLE: json.dumps({space: list(names) for space, names in (people or {}).items()}, indent=1),
         CARD: card,
     }
     for name, text in texts.items():
@@ -171,6 +175,7 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
         labels = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         preprocess = json.loads((folder / PREPROCESS).read_text(encoding="utf-8"))
         metrics = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
+        people = json.loads((folder / PEOPLE).read_text(encoding="utf-8")) if (folder / PEOPLE).is_file() else {}
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{what}={folder}: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict) or set(config) != {"task", "model"}:
@@ -178,6 +183,8 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
     named = isinstance(labels, dict) and isinstance(config["task"], dict) and set(labels) == set(config["task"])
     if not named or not all(isinstance(names, list) for names in labels.values()):
         raise CheckpointError(f"{folder / LABELS}: must give a list of output names for each task of {CONFIG}")
+    if not isinstance(people, dict) or not all(isinstance(names, list) for names in people.values()):
+        raise CheckpointError(f"{folder / PEOPLE}: must give a list of names for each name space of people")
     _check_preprocess(preprocess, folder / PREPROCESS)
     check_config(config, trust, str(folder / CONFIG))
     try:
@@ -188,7 +195,7 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{folder / MODEL}: tensor {name} holds values that are not finite")
     config["model"] = _without_weights(config["model"])
-    return Release(folder, config, labels, preprocess, metrics, state)
+    return Release(folder, config, labels, preprocess, metrics, state, people)
 
 
 def _check_preprocess(preprocess: Any, where: Path) -> None:  # noqa: ANN401

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,18 +13,21 @@ from tqdm import tqdm
 
 from affect.data.dataset import turned
 from affect.data.images import Source
-from affect.data.protocol import group_codes
+from affect.data.protocol import FACE, Protocol, faceless_rows, group_codes
 from affect.data.table import TARGET_PREFIX, FaceTable
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError, DataError, near
 from affect.geometry import invert, transform_points
-from affect.metrics import evaluate
+from affect.metrics import Answers, evaluate, evaluate_sums
 from affect.models.base import AffectModule
-from affect.tasks import Encoded, Task
+from affect.tasks import AUIntensity, AUOccurrence, Encoded, Task
 from affect.tasks.base import require_own_columns
 
-CARRIED = ("subject", "sequence", "frame", "image")
+CARRIED = ("subject", "sequence", "frame", "image", FACE)
 BY_PREFIX = "by_"
 """Prefix of the columns that subgroups are made of, so that none of them takes the place of a prediction."""
+
+SUBSET_PREFIX = "subset_"
+"""Prefix of the columns that say which rows belong to a subset of the protocol."""
 
 CLASSES_BY_SOURCE = "expressions_by_source"
 """Key of the metadata that says which classes each source can label."""
@@ -69,14 +73,15 @@ def predictions_table(
     values: Mapping[str, np.ndarray],
     source_index: np.ndarray,
     rows: np.ndarray,
-    group: str | None = None,
+    group: str | Sequence[str | None] | None = None,
     group_by: Sequence[str] = (),
+    subsets: Mapping[str, str] | None = None,
 ) -> FaceTable:
     """Return a face table of predicted columns, with true labels under ``target_``, group and origin of each row.
 
     Groups are those of the split: a row whose group is not known is one of its own, and with several sources a group
-    carries its source's name. Columns of ``group_by`` are stored under ``by_``. The metadata has the classes that each
-    source can label and the folder that its image paths are relative to.
+    carries its source's name. Columns of ``group_by`` are stored under ``by_``, subsets under ``subset_``. The metadata
+    has the classes that each source can label and the folder that its image paths are relative to.
 
     Args:
         sources: Sources that the rows come from.
@@ -84,13 +89,16 @@ def predictions_table(
         values: Predicted values by task.
         source_index: Index of the source of each row ``(N,)``.
         rows: Row in its source ``(N,)``.
-        group: Replaces the sources' own group, as ``protocol.group`` does.
+        group: Replaces the sources' own group, as ``protocol.group`` does; one for all, or one for each.
         group_by: Columns to make subgroups of.
+        subsets: Columns, or ``column=value``, by the name of a subset of rows.
 
     Raises:
         ConfigError: If a column of ``group_by`` does not exist, or two things would be written to one column.
     """
     require_own_columns(tasks)
+    require_subset_columns(sources, subsets or {})
+    own_groups = [group] * len(sources) if group is None or isinstance(group, str) else list(group)
     columns: dict[str, Any] = {}
     for name, task in tasks.items():
         columns.update(task.decode(values[name]))
@@ -98,7 +106,11 @@ def predictions_table(
     for index, source in enumerate(sources):
         where = np.flatnonzero(source_index == index)
         if len(where):
-            for column, cells in _row_columns(source, tasks, rows[where], group, group_by, len(sources) > 1).items():
+            own = rows[where]
+            found = _row_columns(source, tasks, own, own_groups[index], group_by, len(sources) > 1)
+            for name, spec in (subsets or {}).items():
+                found[SUBSET_PREFIX + name] = subset_rows(source.table, spec, own).astype(object)
+            for column, cells in found.items():
                 merged.setdefault(column, np.full(len(rows), None, dtype=object))[where] = cells
     for column in sorted({*merged, "row"} & columns.keys()):
         raise ConfigError(f"a task predicts column {column}, which a predictions table keeps for itself; rename it")
@@ -114,6 +126,80 @@ def predictions_table(
         "label_source": "predictions of a model",
     }
     return FaceTable.from_columns(columns, first.table.root, metadata)
+
+
+def subset_rows(table: FaceTable, spec: str, rows: np.ndarray) -> np.ndarray:
+    """Return whether each of ``rows`` belongs to a subset, bool ``(M,)``; not where the column is missing or null.
+
+    Args:
+        table: The table.
+        spec: A column that is 1 in the subset, or ``column=value``.
+        rows: Rows ``(M,)``.
+    """
+    column, _, value = spec.partition("=")
+    if column not in table.names:
+        return np.zeros(len(rows), bool)
+    if value:
+        texts, valid = table.strings(column, rows)
+        return valid & (texts == value)
+    numbers, valid = table.numbers(column, rows)
+    return valid & (numbers == 1)
+
+
+def require_subset_columns(sources: Sequence[Source], subsets: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` if no source has the column of a subset."""
+    names = frozenset().union(*(source.table.names for source in sources))
+    for name, spec in subsets.items():
+        column = str(spec).partition("=")[0]
+        if column not in names:
+            raise ConfigError(f"protocol.subsets.{name}: no column {column!r} in the table; {near(column, names)}")
+
+
+def require_absent_values(
+    sources: Sequence[Source], tasks: Mapping[str, Task], protocols: Sequence[Protocol], rows: Sequence[np.ndarray]
+) -> None:
+    """Refuse ``missing_faces=negative`` where rows without a found face have labels that know no absence.
+
+    Args:
+        sources: Sources that are evaluated.
+        tasks: Tasks by name.
+        protocols: The protocol of each source.
+        rows: Evaluated rows of each source.
+
+    Raises:
+        DataError: With the first task that is no task of action units and has labels there.
+    """
+    for source, protocol, chosen in zip(sources, protocols, rows, strict=True):
+        missing = np.intersect1d(faceless_rows(source.table), chosen)
+        if protocol.missing_faces != "negative" or not len(missing):
+            continue
+        for name, task in tasks.items():
+            if isinstance(task, AUOccurrence | AUIntensity) or not task.columns(source.table.names):
+                continue
+            labelled = int(task.encode(source.table, missing).mask.any(1).sum())
+            if labelled:
+                raise DataError(
+                    f"{source.name}: protocol.missing_faces=negative counts action units as absent where no face was "
+                    f"found, but task {name} has labels in {labelled} such rows and no absent value; use "
+                    "protocol.missing_faces=fallback or drop"
+                )
+
+
+def count_as_absent(
+    values: Mapping[str, np.ndarray],
+    sources: Sequence[Source],
+    tasks: Mapping[str, Task],
+    protocols: Sequence[Protocol],
+    source_index: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    """Set predictions of action units to 0 in place in rows without a found face where the protocol says so."""
+    for index, (source, protocol) in enumerate(zip(sources, protocols, strict=True)):
+        if protocol.missing_faces == "negative":
+            absent = (source_index == index) & np.isin(rows, faceless_rows(source.table))
+            for name, task in tasks.items():
+                if isinstance(task, AUOccurrence | AUIntensity) and name in values:
+                    values[name][absent] = 0
 
 
 def _row_columns(
@@ -173,11 +259,17 @@ def table_metrics(
 ) -> list[dict[str, Any]]:
     """Return the metric records of a predictions table; a pure function of the table.
 
-    Each record has ``task``, ``name``, ``value``, ``low``, ``high`` (bootstrap over groups), ``constant`` (the best
-    constant prediction on these rows), ``n`` and, for subgroups, ``subgroup``.
+    Subsets are those that the table has columns of. Each record has ``task``, ``name``, ``value``, ``low``, ``high``
+    (bootstrap over groups), ``constant`` (the best constant prediction on these rows), ``n`` and, for subgroups,
+    ``subgroup``.
     """
     truth = table.truth()
     groups = table.strings("group")[0] if "group" in table.names else None
+    subsets = {
+        column.removeprefix(SUBSET_PREFIX): table.numbers(column)[0] > 0
+        for column in table.arrow.column_names
+        if column.startswith(SUBSET_PREFIX)
+    }
     records: list[dict[str, Any]] = []
     for name, task in tasks.items():
         if not task.metrics or not task.columns(truth.names):
@@ -195,6 +287,74 @@ def table_metrics(
             resamples=resamples,
             level=level,
             seed=seed,
+            subsets=subsets,
         )
         records += [{"task": name, **record} for record in found]
     return records
+
+
+# ------------------------------------------------------------------------------------------------ headline
+
+
+def resolve_headline(
+    headline: Mapping[str, Sequence[str]] | None, tasks: Mapping[str, Task]
+) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
+    """Return the terms (task, number) of each sum of a protocol's headline, and notes on sums that are left out.
+
+    Args:
+        headline: Terms ``<task>/<number>`` by name; ``*`` stands for the parameter of a number, as in ``fr/*``.
+        tasks: Bound tasks; a sum with a term of another task is left out.
+
+    Raises:
+        ConfigError: If a task has no such number, or several fit, or more is better for one term and less for another.
+    """
+    resolved: dict[str, list[tuple[str, str]]] = {}
+    notes = []
+    for name, terms in (headline or {}).items():
+        found, directions = [], set()
+        absent = sorted({term.partition("/")[0] for term in terms} - tasks.keys())
+        if absent:
+            notes.append(f"headline {name} is left out: task {absent[0]} is not selected")
+            continue
+        for term in terms:
+            task, _, wanted = term.partition("/")
+            known = {number: metric for metric in tasks[task].metrics for number in metric.names}
+            fitting = [number for number in known if number == wanted] or fnmatch.filter(known, wanted)
+            if len(fitting) != 1:
+                several = f"fits {', '.join(fitting)}" if fitting else f"no such number; {near(wanted, known)}"
+                raise ConfigError(f"protocol.headline.{name}: {term}: {several}")
+            found.append((task, fitting[0]))
+            directions.add(known[fitting[0]].higher(fitting[0]))
+        if len(directions) > 1:
+            raise ConfigError(f"protocol.headline.{name}: more is better for one term and less for another")
+        resolved[name] = found
+    return resolved, notes
+
+
+def headline_records(
+    table: FaceTable,
+    tasks: Mapping[str, Task],
+    headline: Mapping[str, Sequence[tuple[str, str]]],
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return the records of the sums of a headline; a pure function of the predictions table.
+
+    Args:
+        table: Predictions with true labels.
+        tasks: Bound tasks.
+        headline: Terms as ``resolve_headline`` gives them; sums of tasks without labels here are left out.
+        resamples: Resamples of the bootstrap over groups, drawn once for all terms.
+        level: Share of resamples inside the interval.
+        seed: Seed of the bootstrap.
+    """
+    names = table.truth().names
+    wanted = {name: terms for name, terms in headline.items() if all(tasks[task].columns(names) for task, _ in terms)}
+    answers = {}
+    for name in dict.fromkeys(task for terms in wanted.values() for task, _ in terms):
+        encoded = encode_truth(table, tasks[name])
+        arrays = (np.asarray(tasks[name].read_values(table)), encoded.target, encoded.mask)
+        answers[name] = Answers(tasks[name].metrics, *map(torch.from_numpy, arrays))
+    groups = table.strings("group")[0] if "group" in table.names else None
+    return evaluate_sums(wanted, answers, groups, resamples, seed, level)

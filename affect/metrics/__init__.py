@@ -12,6 +12,7 @@ from affect.metrics.f1 import F1
 from affect.metrics.pose import PoseMAE
 from affect.metrics.rates import BinaryRates
 from affect.metrics.regression import MAE, RMSE
+from affect.metrics.sums import Answers, evaluate_sums
 from affect.metrics.thresholds import best_thresholds
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SAGR",
     "AdditiveMetric",
     "AlignmentError",
+    "Answers",
     "BinaryRates",
     "Classification",
     "Metric",
@@ -33,4 +35,5 @@ __all__ = [
     "bootstrap",
     "confusion_matrix",
     "evaluate",
+    "evaluate_sums",
 ]

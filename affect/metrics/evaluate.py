@@ -37,8 +37,9 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    subsets: Mapping[str, np.ndarray] | None = None,
 ) -> list[Record]:
-    """Return the records of all metrics on all samples, then those of each subgroup.
+    """Return the records of all metrics on all samples, then those of each subgroup and of each subset.
 
     Args:
         metrics: Bound metrics.
@@ -51,12 +52,13 @@ def evaluate(
         resamples: Resamples of the bootstrap over groups; 0 gives no intervals.
         seed: Seed of the bootstrap.
         level: Share of resamples inside the interval.
+        subsets: Samples of named subsets, bool ``(N,)``; they may overlap, and an empty one gives no records.
 
     Returns:
         Records ``{name, value, low, high, constant, n, groups, higher_is_better, subgroup, reason}``. ``n`` is the
         number of labelled samples and ``groups`` that of the groups they come from, ``constant`` the best constant
-        prediction's number on the same samples, ``subgroup`` is ``column=value`` or None for all samples, ``reason``
-        says why there is no interval. What does not exist is None.
+        prediction's number on the same samples, ``subgroup`` is ``column=value``, the name of a subset, or None for all
+        samples, ``reason`` says why there is no interval. What does not exist is None.
 
     Raises:
         DataError: If a labelled cell holds a value that is not finite, or lengths differ.
@@ -72,7 +74,7 @@ def evaluate(
         ('mae/AU12', 3.0, 1.6667, 3, 'no groups')
     """
     values, target, mask = (torch.as_tensor(array).detach().cpu() for array in (values, target, mask))
-    for name, column in {"groups": groups, **(subgroups or {})}.items():
+    for name, column in {"groups": groups, **(subgroups or {}), **(subsets or {})}.items():
         if column is not None and len(column) != len(values):
             raise DataError(f"evaluate: {name} has {len(column)} entries for {len(values)} samples; give one each")
     _require_finite("prediction", values, mask)
@@ -80,7 +82,9 @@ def evaluate(
     labelled = mask.any(1).numpy()
     names = None if groups is None else np.asarray(groups)
     records = []
-    for subgroup, chosen in _subgroups(subgroups or {}, len(values)):
+    named = [(name, np.asarray(chosen, bool)) for name, chosen in (subsets or {}).items()]
+    present = [(name, chosen) for name, chosen in named if chosen.any()]
+    for subgroup, chosen in (*_subgroups(subgroups or {}, len(values)), *present):
         rows = np.flatnonzero(labelled & chosen)
         part = (values[rows], target[rows], mask[rows])
         records += _records(metrics, *part, None if names is None else names[rows], subgroup, resamples, seed, level)

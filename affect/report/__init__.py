@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Result files and tables; the figures, which load matplotlib, are in ``affect.report.figures``."""
 
+from affect.report.provenance import provenance
 from affect.report.records import Record, Score, read_scores
 from affect.report.results import environment, read_json, to_json, write_json
 from affect.report.tables import (
@@ -19,6 +20,7 @@ __all__ = [
     "environment",
     "markdown",
     "markdown_table",
+    "provenance",
     "read_json",
     "read_scores",
     "results_table",
