@@ -328,12 +328,16 @@ class AffectModule(pl.LightningModule):
         if self.scheduler is None:
             return optimizer
         function = getattr(self.scheduler, "func", self.scheduler)
-        counted = "total_steps" in inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
+        counted = not {"total_steps", "steps_per_epoch"}.isdisjoint(parameters)
         interval = self.scheduler_interval or ("step" if counted else "epoch")
         extra = {}
         if counted:
-            steps = int(self.trainer.estimated_stepping_batches)
-            extra["total_steps"] = steps if interval == "step" else int(self.trainer.max_epochs or 1)
+            steps, epochs = int(self.trainer.estimated_stepping_batches), int(self.trainer.max_epochs or 1)
+            if "total_steps" in parameters:
+                extra["total_steps"] = steps if interval == "step" else epochs
+            if "steps_per_epoch" in parameters:
+                extra["steps_per_epoch"] = -(-steps // epochs) if interval == "step" else 1
         scheduler = self.scheduler(optimizer, **extra)
         _hold_constant(optimizer)
         return {
