@@ -33,7 +33,7 @@ benchmark and all others that are coded), ``auNN_intensity``, ``attribute_occlud
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -106,7 +106,7 @@ def read(
         raise ConfigError(f"parts={parts}: {near(parts, DIVISIONS)}")
     part_of = facs.part_of(DIVISIONS[parts])
     reading = Reading(root, "bp4d", holds=("AUCoding",))
-    folder, files = _occurrence_files(reading)
+    folder, files = occurrence_files(reading)
     intensities = intensity_files(reading)
     base = _image_folder(reading)
     sequences = facs.Sequences()
@@ -138,7 +138,7 @@ def read(
     )
 
 
-def _occurrence_files(reading: Reading) -> tuple[str, list[tuple[str, int, str]]]:
+def occurrence_files(reading: Reading) -> tuple[str, list[tuple[str, int, str]]]:
     """Return their folder and (subject, task, file name), sorted."""
     for folder in ("AUCoding/AU_OCC", "AUCoding"):
         matches = [_CODED.fullmatch(name) for name in reading.listing(folder)]
@@ -171,13 +171,17 @@ def intensity_files(reading: Reading) -> dict[int, dict[str, str]]:
 
 
 def read_intensities(
-    reading: Reading, files: Mapping[int, Mapping[str, str]], sequence: str, frames: np.ndarray
+    reading: Reading,
+    files: Mapping[int, Mapping[str, str]],
+    sequence: str,
+    frames: np.ndarray,
+    missing: Sequence[int] = (facs.NOT_CODED,),
 ) -> dict[str, facs.Cells]:
     """Return the intensities of a sequence by column; what has no file is noted."""
     cells = {}
     for au, paths in files.items():
         if sequence in paths:
-            cells[labels.intensity_column(au)] = facs.read_intensity(reading, paths[sequence], frames)[1]
+            cells[labels.intensity_column(au)] = facs.read_intensity(reading, paths[sequence], frames, missing)[1]
         else:
             reading.note(f"some sequences have no file of AU{au}'s intensity, which is missing there")
     return cells

@@ -418,11 +418,14 @@ def points_49(faces: FaceTable) -> Cells:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def write_images(table: FaceTable, images: ImageReader, save: Callable[[str, np.ndarray], None]) -> None:
-    """Hand the image of each row to ``save`` with its path, in the order of rows and a few at a time."""
-    for start in range(0, len(table), _BLOCK):
-        rows = np.arange(start, min(start + _BLOCK, len(table)))
-        for name, image in zip(table.strings("image", rows)[0], images.read(rows), strict=True):
+def write_images(
+    table: FaceTable, images: ImageReader, save: Callable[[str, np.ndarray], None], rows: np.ndarray | None = None
+) -> None:
+    """Hand the image of each of ``rows`` (None: all) to ``save`` with its path, in their order, a few at a time."""
+    rows = np.arange(len(table)) if rows is None else rows
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        for name, image in zip(table.strings("image", block)[0], images.read(block), strict=True):
             save(name, image)
 
 
