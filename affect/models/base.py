@@ -116,6 +116,8 @@ class AffectModule(pl.LightningModule):
         self.validation_metrics = nn.ModuleDict({n: nn.ModuleList(t.metrics) for n, t in self.tasks.items()})
         self.optimizer, self.scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
         self.weighting = weighting or FixedWeighting({name: self.tasks[name].weight for name in self.losses})
+        if hasattr(self.weighting, "bind"):
+            self.weighting.bind(dict(self.losses.items()), {name: self.term_names(name) for name in self.losses})
         self.objectives = nn.ModuleDict({n: o for n, o in (objectives or {}).items() if o is not None})
         self.channels_last = channels_last
         self.encoder_lr_scale, self.layer_decay = float(encoder_lr_scale), layer_decay
@@ -134,6 +136,11 @@ class AffectModule(pl.LightningModule):
     def training_terms(self, batch: Batch) -> dict[str, Terms]:
         """Return the loss terms of a training batch by task; by default the task losses of ``forward``."""
         return self.task_terms(self(batch), batch)
+
+    def term_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the entries of a task's loss terms: its outputs, or itself where there is one entry."""
+        task = self.tasks[name]
+        return (name,) if task.softmax or task.landmark_scheme is not None else tuple(task.outputs)
 
     def encoder_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the encoders (name, module): the parts that ``init=`` takes over and that learn at scaled rates."""
@@ -296,15 +303,22 @@ class AffectModule(pl.LightningModule):
                     undecayed.add(id(parameter))
                 depth[id(parameter)] = self.encoder_lr_scale * (self.layer_decay or 1.0) ** below
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        rate = getattr(self.weighting, "lr", None)
+        weights = [p for p in self.weighting.parameters() if p.requires_grad and rate is not None]
+        apart = {id(parameter) for parameter in weights}
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in apart:
                 named = id(parameter) in undecayed or any(key in name for key in self.no_weight_decay)
                 decayed = parameter.ndim > 1 and not named
                 groups.setdefault((depth.get(id(parameter), 1.0), decayed), []).append(parameter)
-        return [
+        listed: list[dict[str, Any]] = [
             {"params": parameters, "lr_scale": scale} | ({} if decayed else {"weight_decay": 0.0})
             for (scale, decayed), parameters in groups.items()
         ]
+        if weights:
+            constant = {"weight_decay": 0.0, "schedule": "constant", "clip": False}
+            listed.append({"params": weights, "lr": rate, "name": "weighting", **constant})
+        return listed
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser over ``parameter_groups``."""
@@ -369,7 +383,8 @@ class AffectModule(pl.LightningModule):
 
     def findings(self) -> dict[str, Any]:
         """Return what a trained model tells of itself (an order, learnt weights), ready for JSON, by topic."""
-        return {}
+        found: dict[str, Any] = getattr(self.weighting, "findings", dict)()
+        return {"weighting": found} if found else {}
 
     # --------------------------------------------------------------------------------- taps, state, placement
 

@@ -301,6 +301,9 @@ class TokenModule(AffectModule):
         part |= {id(p): "encoder" for p in self.encoder.parameters()}
         groups = []
         for group in super().parameter_groups():
+            if group.get("name"):
+                groups.append(group)  # has a place of its own already
+                continue
             for name in ("encoder", "patches", "tokens"):
                 members = [p for p in group["params"] if part.get(id(p), "tokens") == name]
                 if members:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from affect.errors import ConfigError, near
+from affect.losses import MSE
 from affect.losses.base import Terms
 
 
@@ -30,4 +33,95 @@ class FixedWeighting(nn.Module):
         return {
             name: self.weights.get(name, 1.0) * term.sum.sum() / term.count.sum().clamp(min=1)
             for name, term in terms.items()
+        }
+
+
+class UncertaintyWeighting(nn.Module):
+    r"""Weights that follow from one learned scalar per term, its homoscedastic uncertainty.
+
+    With :math:`s_k = \log\sigma_k` and a term's mean :math:`l_k` over its valid cells:
+
+    .. math::
+        e^{-2 s_k}\, l_k + s_k \text{ (classification)}, \qquad
+        \tfrac12 e^{-2 s_k}\, l_k + s_k \text{ (Gaussian regression)}
+
+    (Kendall, Gal and Cipolla, CVPR 2018, arXiv 1705.07115; per action unit as in Tallec et al., arXiv 2208.03506). For
+    a fixed loss the minimum lies at :math:`\tfrac12\log 2 l_k` and :math:`\tfrac12\log l_k`, so that rescaling a
+    loss changes nothing there. A term without a valid cell in a batch counts 0, its :math:`s_k` included: otherwise
+    that would drift.
+
+    Args:
+        gaussian: Tasks whose loss is a squared error and so the exponent of a Gaussian; None takes those whose loss is
+            ``MSE``. Any other loss (also 1 - CCC, which is no likelihood) is weighed as a classification.
+        limit: s is clamped to [-limit, limit], where a loss that can reach 0 would drive it to minus infinity.
+        lr: Learning rate of s, constant; None takes the optimiser's.
+        train: Whether s is learnt; False leaves it at 0, which is the sum of the means.
+    """
+
+    def __init__(
+        self,
+        gaussian: Sequence[str] | None = None,
+        limit: float = 5.0,
+        lr: float | None = 1e-3,
+        train: bool = True,
+    ) -> None:
+        super().__init__()
+        if not limit > 0:
+            raise ConfigError(f"weighting.limit={limit}: must be more than 0")
+        self.gaussian = None if gaussian is None else tuple(gaussian)
+        self.limit, self.lr, self.trained = float(limit), lr, bool(train)
+        self.log_sigma = nn.ParameterDict()
+        self.outputs: dict[str, tuple[str, ...]] = {}
+
+    def bind(self, losses: Mapping[str, nn.Module], outputs: Mapping[str, Sequence[str]]) -> None:
+        """Make one scalar for each entry of each task's terms.
+
+        Args:
+            losses: Loss of each task.
+            outputs: Names of the entries of each task's terms: its outputs, or the task for a single term.
+
+        Raises:
+            ConfigError: If ``gaussian`` names a task that there is not.
+        """
+        for name in self.gaussian or ():
+            if name not in losses:
+                raise ConfigError(f"weighting.gaussian: no task {name!r}; {near(name, losses)}")
+        if self.gaussian is None:
+            self.gaussian = tuple(name for name, loss in losses.items() if isinstance(loss, MSE))
+        self.outputs = {name: tuple(names) for name, names in outputs.items()}
+        for name, names in self.outputs.items():
+            self.log_sigma[name] = nn.Parameter(torch.zeros(len(names)), requires_grad=self.trained)
+
+    def forward(self, terms: Mapping[str, Terms]) -> dict[str, Tensor]:
+        """Return the weighed loss of each task; counts are global, sums are local.
+
+        Raises:
+            ConfigError: If a task's terms are not those that were bound.
+        """
+        return {name: self._weigh(name, term) for name, term in terms.items()}
+
+    def _weigh(self, name: str, term: Terms) -> Tensor:
+        s = self.log_sigma[name]
+        total, count = term
+        if len(s) == 1 and len(total) > 1:
+            total, count = total.sum(0, keepdim=True), count.sum(0, keepdim=True)
+        if len(s) != len(total):
+            raise ConfigError(
+                f"weighting=uncertainty: task {name} has {len(total)} loss terms and {len(s)} uncertainties; "
+                "choose a loss with one term per output"
+            )
+        s = s.clamp(-self.limit, self.limit)
+        mean = total / count.clamp(min=1)
+        half = 0.5 if name in (self.gaussian or ()) else 1.0
+        return torch.where(count > 0, half * (-2 * s).exp() * mean + s, total * 0).sum()
+
+    def findings(self) -> dict[str, Any]:
+        """Return the learned standard deviations by task and output, ready for JSON."""
+        return {
+            "sigma": {
+                name: dict(
+                    zip(names, self.log_sigma[name].detach().clamp(-self.limit, self.limit).exp().tolist(), strict=True)
+                )
+                for name, names in self.outputs.items()
+            }
         }

@@ -226,7 +226,7 @@ class Monet(AffectModule):
             names = self.tasks[self.task].outputs
             best = weights.argsort(descending=True, stable=True)[:10]
             entropy = float(-(weights * weights.clamp(min=1e-300).log()).sum())
-            return {
+            return super().findings() | {
                 "order": {
                     "outputs": list(names),
                     "soft_order": soft_order(orders, weights).tolist(),

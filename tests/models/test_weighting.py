@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed forms of the uncertainty weights, masks, and how they learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from affect import losses
+from affect.errors import ConfigError
+from affect.losses.base import Terms
+from affect.models.baseline import Baseline
+from affect.models.weighting import FixedWeighting, UncertaintyWeighting
+from tests.models.test_base import make_batch, make_module, make_tasks
+
+
+def make(gaussian=("b",), **arguments) -> UncertaintyWeighting:
+    weighting = UncertaintyWeighting(gaussian, **arguments)
+    weighting.bind({"a": losses.BinaryCrossEntropy(), "b": losses.MSE()}, {"a": ("x", "y"), "b": ("v",)})
+    return weighting
+
+
+def terms(a=(0.3, 0.02), b=(4.0,), counts=(5.0, 2.0, 3.0)) -> dict[str, Terms]:
+    count_a, count_b = torch.tensor(counts[:2]), torch.tensor(counts[2:])
+    return {"a": Terms(torch.tensor(a) * count_a, count_a), "b": Terms(torch.tensor(b) * count_b, count_b)}
+
+
+def test_it_starts_as_the_sum_of_means():
+    found = make()(terms())
+    assert float(found["a"]) == pytest.approx(0.32)
+    assert float(found["b"]) == pytest.approx(0.5 * 4.0)
+
+
+def test_it_converges_to_the_closed_forms():
+    weighting = make()
+    optimizer = torch.optim.LBFGS(weighting.parameters(), max_iter=200, tolerance_change=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        total = torch.stack(list(weighting(terms()).values())).sum()
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    learnt = {name: s.detach() for name, s in weighting.log_sigma.items()}
+    wanted = torch.tensor([0.5 * math.log(2 * 0.3), 0.5 * math.log(2 * 0.02)])
+    torch.testing.assert_close(learnt["a"], wanted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(learnt["b"], torch.tensor([0.5 * math.log(4.0)]), atol=1e-3, rtol=0)
+    values = weighting(terms())
+    assert float(values["b"]) == pytest.approx(0.5 + 0.5 * math.log(4.0), abs=1e-4)
+    assert float(values["a"]) == pytest.approx(sum(0.5 + 0.5 * math.log(2 * loss) for loss in (0.3, 0.02)), abs=1e-4)
+
+
+def test_at_the_optimum_the_scale_of_a_loss_does_not_matter():
+    parameter = torch.tensor([0.7, 0.2], dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for scale in (1.0, 100.0):
+        weighting = make().double()
+        loss = scale * (parameter**2).sum()
+        weighting.log_sigma["b"].data.fill_(0.5 * math.log(float(loss.detach())))
+        term = Terms(loss[None] * 3, torch.tensor([3.0], dtype=torch.float64))
+        (gradient,) = torch.autograd.grad(weighting({"b": term})["b"], parameter)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=0)
+
+
+def test_a_term_without_a_label_moves_nothing():
+    weighting = make()
+    raw = torch.ones(2, requires_grad=True)
+    term = Terms(raw * torch.tensor([1.0, 0.0]), torch.tensor([4.0, 0.0]))
+    found = weighting({"a": term, "b": Terms(raw[:1] * 0, torch.zeros(1))})
+    torch.stack(list(found.values())).sum().backward()
+    assert weighting.log_sigma["a"].grad[1] == 0
+    assert weighting.log_sigma["a"].grad[0] != 0
+    assert weighting.log_sigma["b"].grad[0] == 0
+    assert raw.grad is not None
+
+
+def test_frozen_at_zero_it_is_the_plain_loss_of_one_task():
+    weighting = UncertaintyWeighting(train=False)
+    weighting.bind({"e": losses.CrossEntropy()}, {"e": ("e",)})
+    term = {"e": Terms(torch.tensor([6.0]), torch.tensor([4.0]))}
+    assert float(weighting(term)["e"]) == float(FixedWeighting()(term)["e"])
+    assert not any(p.requires_grad for p in weighting.parameters())
+
+
+def test_it_is_clamped():
+    weighting = make(limit=2.0)
+    weighting.log_sigma["b"].data.fill_(-50.0)
+    found = weighting(terms())["b"]
+    assert float(found) == pytest.approx(0.5 * math.exp(4) * 4.0 - 2.0)
+    assert weighting.findings()["sigma"]["b"]["v"] == pytest.approx(math.exp(-2))
+
+
+def test_squared_errors_are_gaussian_by_default():
+    weighting = make(gaussian=None)
+    assert weighting.gaussian == ("b",)
+    with pytest.raises(ConfigError, match="no task 'c'"):
+        make(gaussian=("c",))
+
+
+def test_known_noise_is_recovered():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3)
+    noise = torch.tensor([0.1, 1.0])
+    y = x[:, :2] + noise * torch.randn(4000, 2)
+    model, weighting = nn.Linear(3, 2), UncertaintyWeighting()
+    weighting.bind({"t": losses.MSE()}, {"t": ("first", "second")})
+    optimizer = torch.optim.Adam([*model.parameters(), *weighting.parameters()], 0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        term = losses.MSE()(model(x), y, torch.ones_like(y, dtype=torch.bool))
+        weighting({"t": term})["t"].backward()
+        optimizer.step()
+    sigma = weighting.findings()["sigma"]["t"]
+    assert sigma["first"] == pytest.approx(0.1, rel=0.1)
+    assert sigma["second"] == pytest.approx(1.0, rel=0.1)
+
+
+class TestInAModel:
+    def test_every_output_has_its_own(self):
+        module = make_module(weighting=UncertaintyWeighting())
+        assert {n: len(s) for n, s in module.weighting.log_sigma.items()} == {
+            "au": 2,
+            "valence_arousal": 2,
+            "landmarks": 1,
+        }
+        module.training_step(make_batch(), 0).backward()
+        assert all(s.grad is not None for s in module.weighting.parameters())
+        assert set(module.findings()["weighting"]["sigma"]["au"]) == {"AU1", "AU2"}
+
+    def test_they_have_a_rate_of_their_own_and_no_decay(self):
+        module = make_module(weighting=UncertaintyWeighting(lr=0.07))
+        optimizer = module.build_optimizer()
+        group = next(g for g in optimizer.param_groups if g.get("name") == "weighting")
+        assert (group["lr"], group["weight_decay"]) == (0.07, 0.0)
+        assert len(group["params"]) == 3
+        listed = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        assert len(listed) == len(set(listed))
+
+    def test_a_batch_without_labels_changes_nothing(self):
+        module = make_module(weighting=UncertaintyWeighting())
+        batch = make_batch()
+        batch = dataclasses.replace(batch, masks={name: torch.zeros_like(m) for name, m in batch.masks.items()})
+        module.training_step(batch, 0).backward()
+        assert all((p.grad == 0).all() for p in module.parameters() if p.grad is not None)
+
+    def test_one_run_of_the_optimiser_moves_them(self):
+        adam = functools.partial(torch.optim.AdamW, lr=1e-3)
+        module = Baseline(make_tasks(), make_module().encoder, optimizer=adam, weighting=UncertaintyWeighting(lr=0.1))
+        optimizer = module.build_optimizer()
+        module.training_step(make_batch(), 0).backward()
+        optimizer.step()
+        assert all((s != 0).all() for s in module.weighting.parameters())
