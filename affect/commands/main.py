@@ -120,6 +120,24 @@ COMMANDS = (
         ),
     ),
     Command(
+        "check",
+        "Hold a dataset against its published counts, rates and image sizes and against itself, before training.",
+        (
+            ("dataset.root", "folder of the dataset, as delivered"),
+            ("report", "JSON file to write; by default runs/check/<dataset>/check.json"),
+            ("accept", "keys of findings that are meant so; affect train takes the same"),
+            ("sheet", "picture of sample faces with labels and points: true (beside the report), a file, or false"),
+            ("decode", "images that are decoded whole, a sample: a number, or all"),
+            ("near_duplicates", "true looks for copies of one picture in two parts"),
+        ),
+        (
+            "check dataset=bp4d dataset.root=/data/BP4D",
+            "check dataset=rafdb dataset.root=/data/RAF-DB report=check.json decode=all",
+            "check dataset=bp4d dataset.root=/data/BP4D 'accept=[rows,rate/au12_occurrence]'",
+            "check dataset=table dataset.table=labels.csv near_duplicates=true",
+        ),
+    ),
+    Command(
         "synthesize",
         "Write the built-in faces as image files with a table and a contact sheet.",
         (

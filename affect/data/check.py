@@ -181,22 +181,28 @@ def _compare_size(entry: Expected, image_sizes: Mapping[tuple[int, int], int] | 
 # -------------------------------------------------------------------------------------------------- accepting
 
 
-def accepted(findings: Sequence[Finding], accept: Sequence[str], elsewhere: bool = False) -> list[Finding]:
+def accepted(findings: Sequence[Finding], accept: Sequence[str]) -> list[Finding]:
     """Return the findings with warnings and errors accepted whose key is named.
+
+    Raises:
+        ConfigError: If a key names no finding.
+    """
+    require_known(findings, accept)
+    return [_accept(finding, accept) for finding in findings]
+
+
+def require_known(findings: Iterable[Finding], accept: Sequence[str], elsewhere: bool = False) -> None:
+    """Raise ``ConfigError`` if a key names no finding.
 
     Args:
         findings: All findings.
         accept: Keys.
         elsewhere: Whether keys of findings that only the whole check makes may be named as well.
-
-    Raises:
-        ConfigError: If a key names no finding.
     """
     known = [finding.key for finding in findings]
     for key in accept:
         if key not in known and not (elsewhere and key.startswith(_ELSEWHERE)):
             raise ConfigError(f"accept={key}: no finding has this key; {near(key, known)}")
-    return [_accept(finding, accept) for finding in findings]
 
 
 def _accept(finding: Finding, accept: Sequence[str]) -> Finding:
@@ -218,22 +224,20 @@ def require_expected(
     Args:
         table: The dataset as read.
         expected: Published numbers.
-        accept: Keys that the user accepts; keys that only ``affect check`` finds are let pass.
+        accept: Keys that the user accepts; those of other findings are let pass (``require_known`` tells).
         name: Name of the dataset for messages.
 
     Raises:
         DataError: If an error among them is not accepted.
-        ConfigError: If ``accept`` names a key that no check has.
     """
-    findings = compare(table, expected, synthetic=is_synthetic(table.root))
-    findings = accepted(findings, accept, elsewhere=True)
+    findings = compare(table, expected, accept=accept, synthetic=is_synthetic(table.root))
     wrong = errors(findings)
     if wrong:
         more = f" (and {len(wrong) - 1} more: {', '.join(f.key for f in wrong[1:4])})" if len(wrong) > 1 else ""
         keys = ",".join(finding.key for finding in wrong)
         raise DataError(
             f"{name}: {wrong[0].key}: {wrong[0].sentence}{more}; affect check dataset={name} tells more, "
-            f"accept=[{keys}] trains all the same"
+            f"'accept=[{keys}]' goes on all the same"
         )
     return findings
 
@@ -560,7 +564,8 @@ def examine_near_duplicates(table: FaceTable, groups: np.ndarray) -> list[Findin
     sizes = np.bincount(groups)
     members = int(sizes[sizes > 1].sum())
     kinds = int((sizes > 1).sum())
-    found = [Finding("near_duplicates/groups", NOTE, f"{members:,} rows in {kinds:,} groups of near-duplicates", kinds)]
+    sentence = f"{members:,} rows in {kinds:,} groups of near-duplicates" if kinds else "no near-duplicates"
+    found = [Finding("near_duplicates/groups", NOTE if kinds else OK, sentence, kinds)]
     if "part" not in table.names:
         return found
     first = np.full(len(sizes), len(table))
@@ -589,10 +594,16 @@ def part_counts(table: FaceTable, group: str) -> dict[str, dict[str, int]]:
     return counts
 
 
-def sheet_rows(table: FaceTable, count: int, seed: int = 0) -> np.ndarray:
+def sheet_rows(table: FaceTable, count: int, usable: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
     """Return at most ``count`` rows spread over official parts and classes, sorted: a function of the table alone.
 
     Each kind (part and class) gives one row before any gives a second one.
+
+    Args:
+        table: The dataset as read.
+        count: Most rows.
+        usable: Which rows may be chosen ``(N,)``; None takes all.
+        seed: Another seed gives other rows.
     """
     kinds = np.zeros(len(table), np.int64)
     for name in ("part", "expression"):
@@ -600,6 +611,7 @@ def sheet_rows(table: FaceTable, count: int, seed: int = 0) -> np.ndarray:
             codes, names = table.codes(name)
             kinds = kinds * (len(names) + 1) + codes + 1
     random = np.random.default_rng(seed).permutation(len(table))
+    random = random if usable is None else random[usable[random]]
     order = random[np.argsort(kinds[random], kind="stable")]
     starts = np.flatnonzero(np.diff(kinds[order], prepend=-1))
     turn = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
@@ -607,7 +619,7 @@ def sheet_rows(table: FaceTable, count: int, seed: int = 0) -> np.ndarray:
 
 
 def caption(table: FaceTable, row: int) -> str:
-    """Return the labels of a row as one text: part, person, expression, action units that occur, valence, arousal."""
+    """Return the labels of a row as one text; action units that do not occur are left out, V is valence, A arousal."""
     rows = np.array([row])
     parts = []
     for name in ("part", "subject", "expression"):
@@ -625,7 +637,7 @@ def caption(table: FaceTable, row: int) -> str:
     for name in labels.AFFECT_AXES:
         if name in table.names:
             values, valid = table.numbers(name, rows)
-            parts += [f"{name} {values[0]:+.2f}"] if valid[0] else []
+            parts += [f"{name[0].upper()} {values[0]:+.2f}"] if valid[0] else []
     attributes = [name for name in label_columns(table) if name.startswith("attribute_")]
     given = [name.removeprefix("attribute_").replace("_", " ") for name in attributes if _is_set(table, name, rows)]
     return ", ".join([*parts, *given[:4]]) or "no label"

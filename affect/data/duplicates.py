@@ -20,6 +20,8 @@ one in seven, up to 6 % half.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -30,8 +32,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from affect.data.headers import Progress, in_blocks
-from affect.data.images import ImageReader, Picture, open_pictures
+from affect.data.images import FileImages, ImageReader, Picture, open_pictures
+from affect.data.table import FaceTable
 from affect.files import replacing
+
+VERSION = 1
+"""Goes up when the same pictures would be grouped otherwise, so that stored groups are made anew."""
 
 RADIUS = 6
 """Most bits in which the hashes of near-duplicates differ."""
@@ -76,17 +82,16 @@ def near_duplicate_groups(
     Args:
         images: Reader of rows ``0`` to ``count - 1``.
         count: Number of pictures; 2.3 kB of memory each.
-        cache: File (``.npy``) that keeps the answer; its name must say what the pictures are.
+        cache: Folder that keeps the answer for readers of a table, by what the table holds and was read from.
         progress: Called with the number of pictures that were just read.
-        workers: Threads that decode.
+        workers: Threads that decode plain files; readers of archives and videos keep state, so they get one.
 
     Raises:
         DataError: If a picture cannot be read.
     """
-    if cache is not None and cache.is_file():
-        stored = np.load(cache)
-        if stored.shape == (count,):
-            return stored.astype(np.int64, copy=False)
+    stored = None if cache is None else _stored_path(images, count, cache)
+    if stored is not None and stored.is_file():
+        return np.load(stored)
     pictures = thumbnails(images, count, progress, workers)
     left, right = similar_pairs(hashes(pictures), RADIUS, np.flatnonzero(~_is_flat(pictures)))
     near = coarse_differences(pictures, left, right) <= _COARSE_LIMIT
@@ -95,10 +100,20 @@ def near_duplicate_groups(
     difference = np.array([one[0] for one in found], float)
     limit = np.array([one[1] for one in found], float)
     groups = join(count, left, right, difference, limit)
-    if cache is not None:
-        with replacing(cache) as part, part.open("wb") as stream:
-            np.save(stream, groups)
+    if stored is not None:
+        with replacing(stored) as part:
+            np.save(part, groups)
     return groups
+
+
+def _stored_path(images: ImageReader, count: int, folder: Path) -> Path | None:
+    """Return the file that keeps the groups of a table's pictures; None for a reader without a table."""
+    table = getattr(images, "table", None)
+    if not isinstance(table, FaceTable) or len(table) != count:
+        return None
+    known = [table.fingerprint, str(table.root.absolute()), table.metadata.get("touched"), VERSION]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"near-duplicates-{digest}.npy"
 
 
 def join(count: int, left: np.ndarray, right: np.ndarray, difference: np.ndarray, limit: np.ndarray) -> np.ndarray:
@@ -136,7 +151,8 @@ def thumbnails(images: ImageReader, count: int, progress: Progress | None = None
     def work(rows: np.ndarray) -> list[np.ndarray]:
         return [thumbnail(picture) for picture in open_pictures(images, rows)]
 
-    for block in in_blocks(work, np.arange(count), workers, progress):
+    many = workers if isinstance(images, FileImages) else 1
+    for block in in_blocks(work, np.arange(count), many, progress):
         small[start : start + len(block)] = block
         start += len(block)
     return small

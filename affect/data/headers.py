@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from affect.data.images import FileImages, read_image
+from affect.data.images import FileImages, ImageReader, Picture, open_pictures, read_image
 from affect.errors import DataError
 
 MISSING, EMPTY, UNREADABLE = "missing", "empty", "unreadable"
@@ -128,6 +128,49 @@ def read_headers(images: FileImages, rows: np.ndarray, workers: int = 8, progres
         turned=np.array([header.turned for header, _ in headers], bool),
         problems=_objects([header.problem for header, _ in headers]),
         lying=np.array([lying for _, lying in headers], bool),
+    )
+
+
+def decode_headers(
+    images: ImageReader, rows: np.ndarray, workers: int = 8, progress: Progress | None = None
+) -> Headers:
+    """Return what decoding the images of ``rows`` ``(N,)`` tells of them: their size, or that they are unreadable.
+
+    Args:
+        images: Any reader.
+        rows: Rows, sorted, so that a video is read forwards.
+        workers: Threads; readers of archives and videos keep state, so they get one.
+        progress: Called after each block of images.
+    """
+
+    def look(block: np.ndarray) -> list[tuple[int, int]]:
+        try:
+            return [_decoded_size(picture) for picture in open_pictures(images, block)]
+        except DataError:
+            return [_decoded_size(row) for row in block]
+
+    def _decoded_size(given: Picture | np.int64) -> tuple[int, int]:
+        try:
+            picture = given if not isinstance(given, np.integer) else open_pictures(images, np.array([given]))[0]
+            height, width = picture.pixels().shape[:2]
+        except DataError:
+            return 0, 0
+        return width, height
+
+    many = workers if isinstance(images, FileImages) else 1
+    sizes: list[tuple[int, int]] = []
+    for block in in_blocks(look, rows, many, progress):
+        sizes += block
+    found = np.array(sizes, np.int32).reshape(len(rows), 2)
+    empty = [""] * len(rows)
+    return Headers(
+        rows=np.asarray(rows, np.int64),
+        sizes=found,
+        kinds=_objects(empty),
+        pixels=_objects(empty),
+        turned=np.zeros(len(rows), bool),
+        problems=_objects([UNREADABLE if not width else "" for width in found[:, 0].tolist()]),
+        lying=np.zeros(len(rows), bool),
     )
 
 
