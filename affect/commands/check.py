@@ -129,7 +129,7 @@ def verified(config: DictConfig, sources: Sequence[Source], console: Console) ->
     everything: list[Finding] = []
     checked = []
     for node, source in zip(assembly.source_nodes(config).values(), sources, strict=True):
-        findings = check.require_expected(source.table, expectations(node), accept, source.name)
+        findings = check.require_expected(source.table, expectations(node), accept, source.name, node.get("root"))
         everything += findings
         for finding in findings:
             if finding.level == WARNING:
