@@ -21,16 +21,20 @@ from yaml import YAMLError
 
 from affect.commands.configuration import sweep_job
 from affect.data.images import Source
+from affect.data.protocol import part_name
 from affect.errors import ConfigError
 from affect.files import replacing
 from affect.release import MODEL, read_release
 
 RESULTS, CONFIG, CONTENTS, LOCK = "results.json", "config.yaml", "data.json", "run.lock"
+SELECTION = "selection"
+"""Folder in that of a refit where the run lies that chose the number of epochs."""
 
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "reference", "trust", "group_by", "bootstrap", "hydra"),
     *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder", "data.num_workers"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
+    *("dataset.expected", "dataset.sources.*.expected", "accept"),
     *("trainer.enable_*", "trainer.log_every_n_steps"),
 )
 """Keys, or patterns of keys, that cannot change what a training run computes."""
@@ -38,7 +42,7 @@ WITHOUT_EFFECT = (
 WRITTEN = frozenset(
     [
         *(RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json"),
-        *("predictions", "release", "figures", "csv", "tensorboard", "compare"),
+        *("predictions", "release", "figures", "csv", "tensorboard", "compare", SELECTION),
     ]
 )
 """Names that a run writes in its folder; nothing else there is ever removed."""
@@ -85,8 +89,7 @@ def resolve_output(config: DictConfig) -> Path:
     elif config.paths.output:
         output = Path(config.paths.output)
     else:
-        test = config.protocol.test
-        where = f"{config.dataset.name}-{'test' if test is None else test}"
+        where = f"{config.dataset.name}-{part_name(config.protocol.test)}"
         output = Path(config.paths.runs) / config.name / where / result_hash(config) / f"seed{config.seed}"
     output = output.expanduser().absolute()
     OmegaConf.update(config, "paths.output", str(output))
@@ -123,20 +126,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear(folder: Path) -> None:
+def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     """Remove what an earlier run left in ``folder``; files that no run writes stay.
+
+    Args:
+        folder: The run's folder.
+        keep: Names that stay all the same.
 
     Raises:
         ConfigError: If the folder holds files but no run.
     """
-    found = [path for path in folder.iterdir() if path.name != LOCK and not _is_part(path)]
+    found = [path for path in folder.iterdir() if path.name not in (LOCK, *keep) and not _is_part(path)]
     if found and not _holds_run(folder):
         raise ConfigError(
             f"force=true: {folder} holds files but no run of affect ({found[0].name}, …), and nothing is removed; "
             "choose another paths.output"
         )
     for path in folder.iterdir():
-        if path.name in WRITTEN or _is_part(path):
+        if (path.name in WRITTEN and path.name not in keep) or _is_part(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

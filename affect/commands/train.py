@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file
 
 from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, figures, inference
 from affect.commands.run_folder import (
     RESULTS,
+    SELECTION,
     clear,
     contents,
     is_first_process,
@@ -32,12 +36,22 @@ from affect.commands.run_folder import (
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
 from affect.data.images import Source
-from affect.data.protocol import SELECTIONS
+from affect.data.protocol import SELECTIONS, TEST, VALIDATION
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, near
 from affect.models.base import AffectModule
 from affect.release import build_tasks, read_release, with_statistics, write_release
-from affect.report import comparison_table, environment, read_json, results_table, subgroup_table, write_json
+from affect.report import (
+    comparison_table,
+    environment,
+    provenance,
+    read_json,
+    results_table,
+    subgroup_table,
+    write_json,
+)
+from affect.report.provenance import ON_TEST, selection_text
+from affect.tasks import Expression
 
 
 def run(config: DictConfig) -> float | None:
@@ -83,6 +97,7 @@ def evaluate_as_asked(config: DictConfig, output: Path, results: dict[str, Any])
     for task in tasks.values():
         for metric in task.metrics:
             metric.bind(task.outputs)
+    headline = inference.resolve_headline(results["protocol"].get("headline"), tasks)[0]
     for part in results["metrics"]:
         table = FaceTable.read_parquet(output / "predictions" / f"{part}.parquet")
         kept = {inference.BY_PREFIX + c: table.column(c) for c in inference.CARRIED if c in table.names}
@@ -96,6 +111,10 @@ def evaluate_as_asked(config: DictConfig, output: Path, results: dict[str, Any])
         results["metrics"][part] = inference.table_metrics(
             table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by
         )
+        if part == TEST:
+            results["headline"] = inference.headline_records(
+                table, tasks, headline, config.bootstrap.resamples, config.bootstrap.level
+            )
     results["config"] |= {"bootstrap": bootstrap, "group_by": group_by}
     if is_first_process():
         write_json(output / RESULTS, results)
@@ -153,14 +172,21 @@ def _train(
 ) -> float | None:
     quiet()
     started = time.time()
+    # Before anything of this run is built: its own draws start behind it, whether it ran just now or earlier.
+    chosen = choose_epochs(config, output, console) if config.selection == "refit" else None
     pl.seed_everything(int(config.seed), verbose=False)
     tasks = assembly.build_tasks(config)
     objectives = assembly.make(config.objectives, "objectives") or {}
     schemes = tuple(sorted({s for o in objectives.values() for s in getattr(o, "schemes", ())}))
     datamodule = assembly.build_datamodule(config, sources, tasks, int(config.encoder.image_size), schemes)
+    leave_out_classes(datamodule)
     datamodule.setup("fit")
     check_columns(config, sources)
+    headline, left_out = inference.resolve_headline(datamodule.protocol.headline, tasks)
+    inference.require_subset_columns(sources, datamodule.protocol.subsets or {})
+    inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, datamodule.part_rows(TEST))
     summary = datamodule.summary()
+    summary["notes"] += [*left_out, *protocol_notes(config, summary)]
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
     check_monitor(config, module)
@@ -168,12 +194,13 @@ def _train(
     if config.init:
         taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].recipe)
     history, seeding = History(), SeedEachStep(int(config.seed))
-    trainer = build_trainer(config, [seeding, history])
-    if config.selection == "best_val" and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigError("selection=best_val needs callbacks.best; or selection=last")
+    trainer = build_trainer(config, [seeding, history], None if chosen is None else chosen["epochs"])
+    by_score = config.selection in ("best_val", "best_on_test")
+    if by_score and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(f"selection={config.selection} needs callbacks.best; or selection=last")
     if is_first_process():
         if config.force:
-            clear(output)
+            clear(output, keep=(SELECTION,) if chosen else ())
         store(output, config, made_of)
     print_summary(console, summary, output)
     last = output / LAST
@@ -185,7 +212,9 @@ def _train(
         return None
 
     selection = select_weights(config, trainer, module, history, output)
-    results = finish(config, bound, datamodule, module, history, selection, summary, output)
+    if chosen is not None:
+        selection |= chosen
+    results = finish(config, bound, datamodule, module, history, selection, summary, output, headline)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
     figures.write_run_figures(output, results, history.epochs, datamodule, module)
@@ -199,19 +228,69 @@ def _train(
 # ------------------------------------------------------------------------------------------------- training
 
 
-def build_trainer(config: DictConfig, first: list[pl.Callback]) -> pl.Trainer:
-    """Return the trainer with callbacks in the order they need: seeds, history, best weights, others, last.ckpt."""
+def choose_epochs(config: DictConfig, output: Path, console: Console) -> dict[str, Any]:
+    """Train the run of ``selection=best_val`` in ``<output>/selection`` and return what it chose for a refit.
+
+    Like every run it is continued where it stopped, and skipped when it is finished.
+    """
+    inner = copy.deepcopy(config)
+    inner.selection, inner.compare, inner.paths.output = "best_val", {}, str(output / SELECTION)
+    console.rule("selection=refit: how many epochs")
+    train(inner, output / SELECTION)
+    wait_for_all()
+    found = read_json(output / SELECTION / RESULTS)
+    epochs = int(found["selection"]["epoch"]) + 1
+    console.rule(f"selection=refit: {epochs} epochs on all training groups")
+    kept = {part: numbers["rows"] for part, numbers in found["data"]["parts"].items()}
+    return {"epochs": epochs, "score": found["selection"]["score"], "chosen_by": found["selection"] | {"rows": kept}}
+
+
+def leave_out_classes(datamodule: FaceDataModule) -> None:
+    """Take classes out of tasks whose rows ``protocol.keep`` leaves out of every source, so that no output is idle."""
+    delivered = {name for source in datamodule.delivered for name in source.table.expressions}
+    gone = delivered - {name for source in datamodule.sources for name in source.table.expressions}
+    for task in datamodule.tasks.values():
+        if isinstance(task, Expression) and task.classes is not None and gone:
+            task.classes = tuple(name for name in task.classes if name not in gone)
+
+
+def protocol_notes(config: DictConfig, summary: dict[str, Any]) -> list[str]:
+    """Return what readers of results have to know of the protocol: who selected, and where no face was found."""
+    notes = []
+    if config.selection == "best_on_test":
+        notes.append("selection=best_on_test: the test part selected the weights, so its numbers are optimistic")
+    rule = config.protocol.get("missing_faces", "fallback")
+    notes += [
+        f"no face found in {numbers['without_face']} rows of the {part} part (protocol.missing_faces={rule})"
+        for part, numbers in summary["parts"].items()
+        if numbers["without_face"]
+    ]
+    return notes
+
+
+def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | None = None) -> pl.Trainer:
+    """Return the trainer with callbacks in the order they need: seeds, history, best weights, others, last.ckpt.
+
+    Args:
+        config: Config of the run.
+        first: Callbacks that come before those of the config.
+        epochs: Trains for so many epochs, without callbacks that need a validation part; None as the config says.
+    """
     nodes = config.get("callbacks") or {}
     callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
     if not config.trainer.get("enable_progress_bar", True):
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
+    if epochs is not None:
+        callbacks = [c for c in callbacks if not isinstance(c, BestWeights | pl.callbacks.EarlyStopping)]
     best = [callback for callback in callbacks if isinstance(callback, BestWeights)]
     others = [callback for callback in callbacks if not isinstance(callback, BestWeights)]
     nodes = config.get("logger") or {}
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
     partial = assembly.make(config.trainer, "trainer", _partial_=True)
+    length = {} if epochs is None else {"max_epochs": epochs}
     try:
         return partial(
+            **length,
             callbacks=[*first, *best, *others],
             logger=loggers or False,
             plugins=[AtomicCheckpointIO()],
@@ -226,17 +305,19 @@ def select_weights(
 ) -> dict[str, Any]:
     """Load the selected weights into ``module`` and return what selected them."""
     best = next((c for c in trainer.callbacks if isinstance(c, BestWeights)), None)  # type: ignore[attr-defined]
-    if config.selection == "best_val":
+    if config.selection in ("best_val", "best_on_test"):
         if best is None or not (output / BEST).is_file():
-            raise ConfigError("selection=best_val needs callbacks.best and a validation part; or selection=last")
+            raise ConfigError(
+                f"selection={config.selection} needs callbacks.best and a part that selects; or selection=last"
+            )
         module.load_release_state(load_file(output / BEST))
-        return {"rule": "best_val", "monitor": config.monitor, "score": best.score, "epoch": best.epoch}
+        return {"rule": config.selection, "monitor": config.monitor, "score": best.score, "epoch": best.epoch}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
             callback.load_averaged(module)
     score = module.last_validation.get(config.monitor)
     epoch = history.epochs[-1]["epoch"] if history.epochs else None
-    return {"rule": "last", "monitor": config.monitor, "score": score, "epoch": epoch}
+    return {"rule": config.selection, "monitor": config.monitor, "score": score, "epoch": epoch}
 
 
 def encoder_origins(module: AffectModule) -> dict[str, str]:
@@ -256,24 +337,38 @@ def finish(
     selection: dict[str, Any],
     summary: dict[str, Any],
     output: Path,
+    headline: Mapping[str, Sequence[tuple[str, str]]],
 ) -> dict[str, Any]:
     """Predict validation and test part, evaluate the tables, write predictions and the release, return results."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     metrics: dict[str, list[dict[str, Any]]] = {}
-    for part in ("validation", "test"):
-        if not datamodule.rows(part):
+    sums: list[dict[str, Any]] = []
+    protocols = datamodule.protocols
+    for part in (VALIDATION, TEST):
+        if not datamodule.rows(part) or (part == VALIDATION and config.selection == "best_on_test"):
             continue
         loader = datamodule.part_dataloader(part)
         values, source_index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
         group_by = group_columns(config)
+        inference.count_as_absent(values, datamodule.sources, module.tasks, protocols, source_index, rows)
         table = inference.predictions_table(
-            datamodule.sources, module.tasks, values, source_index, rows, config.protocol.group, group_by
+            datamodule.sources,
+            module.tasks,
+            values,
+            source_index,
+            rows,
+            [protocol.group for protocol in protocols],
+            group_by,
+            datamodule.protocol.subsets if part == TEST else None,
         )
         table.to_parquet(output / "predictions" / f"{part}.parquet")
         metrics[part] = inference.table_metrics(
             table, module.tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by
         )
-    recipe = datamodule.sources[0].recipe
+        if part == TEST:
+            bootstrap = config.bootstrap
+            sums = inference.headline_records(table, module.tasks, headline, bootstrap.resamples, bootstrap.level)
+    recipe = datamodule.sources[0].described
     encoder = next((encoder for _, encoder in module.encoder_modules()), None)
     preprocess = {
         "recipe": recipe.describe() if recipe is not None else None,
@@ -283,6 +378,7 @@ def finish(
         "std": list(getattr(encoder, "std", ())),
     }
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
+    people = datamodule.people()
     plain = OmegaConf.to_container(bound, resolve=True)
     results: dict[str, Any] = {
         "name": config.name,
@@ -292,7 +388,10 @@ def finish(
         "hash": result_hash(config),
         "protocol": OmegaConf.to_container(config.protocol, resolve=True),
         "selection": selection,
+        "headline": sums,
         "metrics": metrics,
+        "missing_faces": missing_faces(config, summary),
+        "people": people,
         "reference": OmegaConf.to_container(config.reference, resolve=True) if config.reference else None,
         "data": summary,
         "labels": labels,
@@ -303,8 +402,14 @@ def finish(
     }
     card = model_card(results)
     described = with_statistics(plain, module)
-    write_release(output / "release", module.release_state(), described, labels, preprocess, metrics, card)
+    write_release(output / "release", module.release_state(), described, labels, preprocess, metrics, card, people)
     return results
+
+
+def missing_faces(config: DictConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the rule for rows without a found face and their number in each part."""
+    counts = {part: numbers["without_face"] for part, numbers in summary["parts"].items()}
+    return {"rule": config.protocol.get("missing_faces", "fallback"), **counts}
 
 
 def model_card(results: dict[str, Any]) -> str:
@@ -314,12 +419,18 @@ def model_card(results: dict[str, Any]) -> str:
     outputs = "\n".join(f"- `{name}`: {', '.join(names)}" for name, names in results["labels"].items())
     sources = ", ".join(source for source in results["label_source"] if source) or "the dataset's own"
     tables = "\n\n".join(
-        f"Part `{part}`:\n\n{markdown_table([r for r in records if not r.get('subgroup')])}"
+        f"Part `{part}`:\n\n"
+        + markdown_table([r for r in records if not r.get("subgroup")], note=provenance(results, part))
         for part, records in results["metrics"].items()
     )
+    if results.get("headline"):
+        tables = f"{markdown_table(results['headline'], note=provenance(results))}\n\n{tables}"
+    chosen = f"Weights selected by `{results['selection']['rule']}`"
+    if results["selection"]["rule"] == "best_on_test":
+        chosen += f": **{ON_TEST}**"
     return (
         f"# {results['name']} on {results['dataset']}, seed {results['seed']}\n\nOutputs:\n\n{outputs}\n\n"
-        f"Labels: {sources}. Weights selected by `{results['selection']['rule']}`.\n\n{tables}\n\n"
+        f"Labels: {sources}. {chosen}.\n\n{tables}\n\n"
         "## Limits of use\n\nTrained and evaluated on the named dataset only. Facial movement is not a reading of what "
         "a person feels; do not use these outputs to judge people.\n"
     )
@@ -329,6 +440,8 @@ def print_summary(console: Console, summary: dict[str, Any], output: Path) -> No
     """Print rows, groups and skips of each part."""
     for part, numbers in summary["parts"].items():
         console.print(f"{part}: {numbers['rows']} rows, {numbers['groups']} groups")
+    for leak in summary.get("leaks", ()):
+        console.print(f"LEAK (protocol.allow_leak=true): {leak}", highlight=False)
     for reason, count in summary.get("skipped", {}).items():
         console.print(f"skipped {count} rows: {reason}")
     for note in summary.get("notes", ()):
@@ -336,7 +449,7 @@ def print_summary(console: Console, summary: dict[str, Any], output: Path) -> No
     console.print(f"run folder: {output}")
 
 
-def headline(records: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
+def shown_records(records: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records that a terminal shows: summaries, and each output of the metric that stands for its task."""
     shown = []
     for record in records:
@@ -348,19 +461,35 @@ def headline(records: list[dict[str, Any]], results: dict[str, Any]) -> list[dic
 
 
 def print_results(console: Console, results: dict[str, Any]) -> None:
-    """Print the table of the test part."""
-    for part in ("test",):
-        records = headline(results["metrics"].get(part) or [], results)
-        if records:
-            selection = results["selection"]
-            title = f"{results['name']}: {results['dataset']} {part} part, weights of {selection['rule']}"
-            if selection.get("epoch") is not None:
-                title += f" (epoch {selection['epoch'] + 1})"
-            console.print(results_table(records, title))
-        if any(record.get("subgroup") for record in results["metrics"].get(part) or []):
-            console.print(subgroup_table(results["metrics"][part], f"{results['name']}: {part} part by subgroup"))
+    """Print the headline and the table of the test part."""
+    records = results["metrics"].get(TEST) or []
+    note = provenance(results)
+    title = f"{results['name']}: {results['dataset']} test part, weights of {selection_text(results['selection'])}"
+    if results["selection"]["rule"] == "best_on_test":
+        title += f", {ON_TEST}"
+    if results.get("headline"):
+        console.print(headline_table(results["headline"], title, note))
+    shown = shown_records(records, results)
+    if shown:
+        console.print(results_table(shown, title, note=note))
+    if any(record.get("subgroup") for record in records):
+        names = headline_names(results.get("headline") or [])
+        title = f"{results['name']}: test part by subgroup"
+        console.print(subgroup_table(records, title, names=names or None, note=note))
     if results.get("reference"):
         console.print(f"reference (printed, never asserted): {results['reference']}")
+
+
+def headline_table(records: Sequence[Mapping[str, Any]], title: str, note: str) -> Table:
+    """Return the table of a headline; a name stands with the number that it is, or with the sum."""
+    named = [{**record, "name": f"{record['name']} = {' + '.join(record['terms'])}"} for record in records]
+    return results_table(named, title, note=note)
+
+
+def headline_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the numbers that a headline is made of, for the columns of a table of subgroups."""
+    terms = [str(term).partition("/")[2] for record in records for term in record["terms"]]
+    return list(dict.fromkeys(terms))
 
 
 # --------------------------------------------------------------------------------------------------- compare
@@ -377,6 +506,7 @@ def compare(config: DictConfig, output: Path) -> None:
     console = Console(quiet=not is_first_process())
     given = [o for o in HydraConfig.get().overrides.task if not o.startswith(("compare", "paths.output"))]
     arms = {}
+    notes: dict[str, None] = {}
     for name, overrides in config.compare.items():
         folder = output  # an arm without overrides is this run itself, under the name that it has among the arms
         if overrides:
@@ -389,10 +519,13 @@ def compare(config: DictConfig, output: Path) -> None:
             train(arm, folder)
         wait_for_all()
         if is_first_process():
-            arms[str(name)] = read_json(folder / RESULTS)["metrics"]["test"]
+            results = read_json(folder / RESULTS)
+            arms[str(name)] = results["metrics"]["test"]
+            notes[provenance(results)] = None
     if not is_first_process():
         return
-    console.print(comparison_table(arms, title=f"{config.name}: arms on the test part"))
+    table = comparison_table(arms, title=f"{config.name}: arms on the test part", note="\n".join(notes))
+    console.print(table)
     write_json(output / "compare.json", arms)
     figures.write_comparison_figure(output, arms)
 

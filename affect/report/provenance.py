@@ -27,7 +27,7 @@ def provenance(results: Mapping[str, Any], part: str = "test") -> str:
         'protocol bp4d, test P3 · weights of best_val (epoch 4) · no face found: 2, drop · crop similarity68_299'
     """
     protocol = results.get("protocol") or {}
-    said = [f"protocol {protocol.get('name', 'default')}, {tested(protocol.get('test'), part)}"]
+    said = [f"protocol {protocol.get('name', 'default')}, {rows_text(protocol.get('test'), part)}"]
     selection = results.get("selection")
     if selection:
         said.append(f"weights of {selection_text(selection)}")
@@ -41,11 +41,11 @@ def provenance(results: Mapping[str, Any], part: str = "test") -> str:
     return " · ".join([*said, *marks(results)])
 
 
-def tested(test: object, part: str) -> str:
+def rows_text(test: Any, part: str) -> str:  # noqa: ANN401
     """Return which rows the numbers are of.
 
     Example:
-        >>> tested(["common", "challenge"], "test"), tested(2, "test"), tested(None, "validation")
+        >>> rows_text(["common", "challenge"], "test"), rows_text(2, "test"), rows_text(None, "validation")
         ('test common+challenge', 'test fold 2', 'validation part')
     """
     if part != "test" or test is None:

@@ -26,7 +26,9 @@ INTERVAL = "95 % interval"
 """Heading of the interval column, the level of ``affect.metrics``' bootstrap."""
 
 
-def results_table(records: Sequence[Record], title: str | None = None, *, digits: int = 3) -> Table:
+def results_table(
+    records: Sequence[Record], title: str | None = None, *, digits: int = 3, note: str | None = None
+) -> Table:
     """Return a table of metric, value, interval, best constant predictor, and number of samples and of their groups.
 
     A value that clearly beats the best constant predictor (its whole interval does) is bold green, one that does not
@@ -36,6 +38,7 @@ def results_table(records: Sequence[Record], title: str | None = None, *, digits
         records: Records of one evaluation; each of several tasks has its name above its rows.
         title: Heading above the table.
         digits: Decimals of every number.
+        note: Line below the table: where the numbers come from.
     """
     scores = overall(read_scores(records))
     tasks = list(dict.fromkeys(score.task for score in scores))
@@ -57,18 +60,23 @@ def results_table(records: Sequence[Record], title: str | None = None, *, digits
     ]
     if any(score.beats_constant is False for score in scores):
         notes.insert(0, "! not better than the best constant predictor")
-    return _noted(table, notes if scores else ["no results"])
+    return _noted(table, notes if scores else ["no results"], note)
 
 
-def subgroup_tables(records: Sequence[Record], *, digits: int = 3) -> list[Table]:
+def subgroup_tables(records: Sequence[Record], *, digits: int = 3, note: str | None = None) -> list[Table]:
     """Return for each task a table of its subgroups, narrow enough for a terminal of 80 columns."""
     tasks = list(dict.fromkeys(score.task for score in read_scores(records)))
     own = {task: [record for record in records if str(record.get("task") or "") == task] for task in tasks}
-    return [subgroup_table(own[task], f"{task or 'all'} by subgroup", digits=digits) for task in tasks]
+    return [subgroup_table(own[task], f"{task or 'all'} by subgroup", digits=digits, note=note) for task in tasks]
 
 
 def subgroup_table(
-    records: Sequence[Record], title: str | None = None, *, names: Sequence[str] | None = None, digits: int = 3
+    records: Sequence[Record],
+    title: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    digits: int = 3,
+    note: str | None = None,
 ) -> Table:
     """Return a table with one row per subgroup, one column per metric, and the largest gap between subgroups.
 
@@ -78,6 +86,7 @@ def subgroup_table(
         names: Record names to show; None takes each task's summaries of which more is better (``f1/mean``,
             ``accuracy`` …), its other summaries if there are none, or everything if there are no summaries.
         digits: Decimals of every number.
+        note: Line below the table: where the numbers come from.
 
     Raises:
         DataError: If a name is asked for that no record has.
@@ -117,7 +126,7 @@ def subgroup_table(
         gaps = [_gap([cells.get((group, *key)) for group in groups]) for key in keys]
         gap_texts = [number_text(gap, digits) for gap in gaps]
         table.add_row(Text("largest gap", style="italic"), *("" for _ in headings), *gap_texts)
-    return _noted(table, [] if groups else ["no subgroups; group_by=<column> makes them"])
+    return _noted(table, [] if groups else ["no subgroups; group_by=<column> makes them"], note)
 
 
 def comparison_table(
@@ -126,6 +135,7 @@ def comparison_table(
     *,
     names: Sequence[str] | None = None,
     digits: int = 3,
+    note: str | None = None,
 ) -> Table:
     """Return a table with one row per arm of a comparison and one column per metric; the best of a column is bold.
 
@@ -136,6 +146,7 @@ def comparison_table(
         title: Heading above the table.
         names: Record names to show; None takes the summaries, or everything if there are no summaries.
         digits: Decimals of every number.
+        note: Line below the table: where the numbers come from.
 
     Raises:
         DataError: If an arm holds a number twice, or if no arm holds a name that was asked for.
@@ -166,12 +177,12 @@ def comparison_table(
         table.add_row(Text(arm), *cells, end_section=index == len(read) - 1)
     if keys:
         table.add_row(Text("best constant", style="italic"), *(Text(_constants(read, key, digits)) for key in keys))
-    return _noted(table, [] if keys else ["nothing to compare"])
+    return _noted(table, [] if keys else ["nothing to compare"], note)
 
 
-def markdown_table(records: Sequence[Record], *, digits: int = 3) -> str:
+def markdown_table(records: Sequence[Record], *, digits: int = 3, note: str | None = None) -> str:
     """Return ``results_table`` as a GitHub-flavoured Markdown table, ending with a line break."""
-    return markdown(results_table(records, digits=digits))
+    return markdown(results_table(records, digits=digits, note=note))
 
 
 def markdown(table: Table) -> str:
@@ -181,7 +192,7 @@ def markdown(table: Table) -> str:
     rows = zip(*([_cell(cell) for cell in column.cells] for column in table.columns), strict=True)
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, rules, *rows)]
     if table.caption:
-        lines += ["", _cell(table.caption)]
+        lines += [text for line in table.caption.split("\n") for text in ("", _cell(line))]  # type: ignore[union-attr]
     return "\n".join(lines) + "\n"
 
 
@@ -190,8 +201,9 @@ def _is_telling(reason: str) -> bool:
     return reason in ("no groups", "no resamples") or reason.startswith("only ")
 
 
-def _noted(table: Table, notes: Sequence[str]) -> Table:
-    table.caption = Text("; ".join(notes)) if notes else None
+def _noted(table: Table, notes: Sequence[str], origin: str | None = None) -> Table:
+    lines = [line for line in (origin, "; ".join(notes)) if line]
+    table.caption = Text("\n".join(lines)) if lines else None
     table.caption_justify = "left"
     # rich would break a note to the width of a table without rows.
     table.min_width = min(max((len(note) for note in notes), default=0), 60)

@@ -282,7 +282,6 @@ def test_the_default_folder_names_experiment_dataset_part_and_seed(compose: Call
         (["dataset.dials.missing_landmarks=1.0"], DataError, "landmarks"),
         (["init=/nowhere"], CheckpointError, "no such folder"),
         (["transform.train.flip=2"], ConfigError, "transform.flip=2"),
-        (["selection=best_on_test"], ConfigError, "selection=best_on_test"),
         (["monitor=val/scor"], ConfigError, "monitor=val/scor: .*did you mean val/score"),
         (["task.au.score=f1/meen"], ConfigError, "task.au.score=f1/meen: no such metric; did you mean .*f1/mean"),
         (["callbacks.best=null"], ConfigError, "selection=best_val needs callbacks.best"),
