@@ -138,6 +138,26 @@ COMMANDS = (
         ),
     ),
     Command(
+        "prepare",
+        "Find the faces of a dataset, align them and store their crops for training.",
+        (
+            ("dataset", "what to prepare; it also chooses the recipe"),
+            ("dataset.root", "folder as delivered"),
+            ("prepare", "recipe of the crops; training takes the same one and finds them"),
+            ("workers", "processes; null is one per core"),
+            ("store", "files, or shards: few large Arrow files instead of millions of small ones"),
+            ("shard", "i/n: do only this part, for job arrays; merge=true afterwards"),
+            ("merge", "true makes sure that all parts are done and writes the table"),
+            ("paths.prepared", "folder of all prepared datasets"),
+        ),
+        (
+            "prepare dataset=bp4d dataset.root=/data/BP4D",
+            "prepare dataset=disfa dataset.root=/data/DISFA prepare=similarity49_200 store=shards workers=16",
+            "prepare dataset=bp4d dataset.root=/data/BP4D shard=0/16",
+            "prepare dataset=bp4d dataset.root=/data/BP4D merge=true",
+        ),
+    ),
+    Command(
         "synthesize",
         "Write the built-in faces as image files with a table and a contact sheet.",
         (

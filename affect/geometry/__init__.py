@@ -25,6 +25,7 @@ from affect.geometry.providers import (
     MediapipeFinder,
     Pose,
     TwoStageFinder,
+    build_finder,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MediapipeFinder",
     "Pose",
     "TwoStageFinder",
+    "build_finder",
     "compose",
     "flip_matrix",
     "invert",

@@ -165,6 +165,11 @@ class TinyFaceDetectorNet(nn.Module):
         return torch.cat([centre - half, centre + half, x[..., 4:5].sigmoid()], -1).flatten(1, 3)
 
 
+def weights_hash(name: str) -> str:
+    """Return the sha256 of a network's weight file."""
+    return _SHA256[name]
+
+
 def _read_weights(name: str) -> dict[str, np.ndarray]:
     """Return the arrays of a weight file by their names there, de-quantised to float32."""
     folder = resources.files("affect.geometry") / "weights"

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from affect import labels
-from affect.errors import ConfigError, DataError
+from affect.errors import ConfigError, DataError, near
 from affect.geometry.alignment import CropRecipe, invert, transform_points, warp
 
 # ------------------------------------------------------------------------------------------------- interface
@@ -557,3 +557,71 @@ class FaceAlignmentFinder:
 
     def find(self, image: NDArray[np.uint8]) -> list[FaceObservation]:
         return TwoStageFinder(self, self).find(image)
+
+
+# ---------------------------------------------------------------------------------------------------- by name
+
+FINDERS = ("faceapi", "mediapipe", "face_alignment")
+"""Names of ``CropRecipe.provider`` beside ``annotations``; as a detector, ``mtcnn`` is known too."""
+
+
+def build_finder(detector: str, provider: str, device: str = "cpu") -> FaceFinder:
+    """Return the finder that a recipe names.
+
+    Args:
+        detector: Where boxes come from: one of ``FINDERS`` or ``mtcnn``.
+        provider: Where points come from: one of ``FINDERS``.
+        device: Where networks run.
+
+    Raises:
+        ConfigError: If a name is unknown, the two do not go together, or a package is missing.
+        DataError: If weights are missing.
+    """
+    detectors = (*FINDERS, "mtcnn")
+    for key, name, known in (("detector", detector, detectors), ("provider", provider, FINDERS)):
+        if name not in known:
+            raise ConfigError(f"prepare.{key}={name}: {near(name, known)}")
+    if provider == "mediapipe":
+        if detector != "mediapipe":
+            raise ConfigError("prepare.provider=mediapipe finds faces itself: write prepare.detector=mediapipe too")
+        return MediapipeFinder()
+    if detector == provider == "faceapi":
+        return FaceApiFinder(device)
+    if detector == provider:
+        return FaceAlignmentFinder(device=device)
+    found: FaceDetector
+    if detector == "faceapi":
+        found = FaceApiDetector(device=device)
+    elif detector == "mediapipe":
+        found = MediapipeFinder()
+    elif detector == "mtcnn":
+        from affect.geometry.mtcnn import MtcnnDetector
+
+        found = MtcnnDetector(device=device)
+    else:
+        found = FaceAlignmentFinder(device=device)
+    if provider == "faceapi":
+        return TwoStageFinder(found, FaceApiLandmarks(device=device))
+    return FaceAlignmentFinder(detector=found, device=device)
+
+
+def describe_finder(detector: str, provider: str) -> dict[str, str]:
+    """Return which models a recipe's names stand for here: package, version and hash of the weights where known."""
+    from importlib.metadata import version
+
+    from affect.geometry import faceapi
+
+    described = {}
+    for key, name in (("detector", detector), ("provider", provider)):
+        if name == "faceapi":
+            weights = "tiny_face_detector" if key == "detector" else "face_landmark_68"
+            described[key] = f"{faceapi.ORIGIN}, {weights}, sha256 {faceapi.weights_hash(weights)}"
+        elif name == "mediapipe":
+            described[key] = f"mediapipe {version('mediapipe')}, face landmarker, sha256 {LANDMARKER_SHA256}"
+        elif name == "face_alignment":
+            described[key] = f"face-alignment {version('face-alignment')}, {'s3fd' if key == 'detector' else '2DFAN-4'}"
+        elif name == "mtcnn":
+            described[key] = "facenet-pytorch 2.6.0, MTCNN"
+        else:
+            described[key] = name
+    return described

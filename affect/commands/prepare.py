@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``affect prepare``: find the faces of a dataset, align them and store their crops for training."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from affect.commands import assembly
+from affect.commands.prepared import read_arguments, stored_recipes
+from affect.data import prepare
+from affect.data.prepare import Work
+from affect.data.table import FaceTable
+from affect.errors import ConfigError
+from affect.geometry import CropRecipe, build_finder
+from affect.geometry.providers import describe_finder
+
+OWN = "annotations"
+
+
+def run(config: DictConfig) -> None:
+    """Prepare ``dataset`` by the recipe ``prepare``, or the part of it that ``shard`` names."""
+    console = Console()
+    if "sources" in config.dataset:
+        raise ConfigError("prepare the datasets of a training one by one: dataset=<name>")
+    name = str(config.dataset.name)
+    recipe = assembly.make(config.prepare, "prepare")
+    ready = ", ".join(stored_recipes())
+    if recipe is None or not recipe.stored:
+        which = "prepare=none" if recipe is None else f"prepare={recipe.name}"
+        console.print(
+            f"{name}: {which} stores nothing, so nothing has to be prepared. Recipes that store crops: {ready}",
+            highlight=False,
+        )
+        return
+    shard = read_shard(config.shard)
+    if shard is not None and config.merge:
+        raise ConfigError("merge=true comes behind the shards: run it once without shard=…")
+    cache = Path(config.paths.cache).expanduser() if config.paths.cache else None
+    table = assembly.read_table(config.dataset, cache)
+    folder = prepare.folder_of(config.paths.prepared, name, recipe)
+    detector, provider = needed_models(recipe, table, name)
+    looking = None if detector is None else functools.partial(build_finder, detector, provider, str(config.device))
+    work = Work(
+        folder,
+        table,
+        assembly.build_images(config.dataset, table),
+        recipe.storage(),
+        looking,
+        config.store,
+        config.format,
+        int(config.quality),
+    )
+    models = {"detector": OWN, "provider": OWN} if detector is None else describe_finder(detector, provider)
+    prepare.claim(work, models)
+    _ = work.finder  # what is missing is said once, here, and not by each process
+    units = prepare.plan(table)
+    if not config.merge:
+        mine = units if shard is None else [unit for k, unit in enumerate(units) if k % shard[1] == shard[0]]
+        count = os.cpu_count() if config.workers is None else int(config.workers)
+        _with_progress(console, work, mine, count or 1, name)
+    if shard is not None:
+        left = len(prepare.missing_units(work, units))
+        console.print(
+            f"{name}: shard {config.shard} is done; {left} of {len(units)} units are left to other shards. When none "
+            "is, run the same command with merge=true instead of shard.",
+            highlight=False,
+        )
+        return
+    prepared = prepare.merge(work, units, read_arguments(config.dataset))
+    report(console, name, prepared, len(table))
+
+
+def needed_models(recipe: CropRecipe, table: FaceTable, name: str) -> tuple[str | None, str]:
+    """Return detector and landmark provider that have to run; None where the table itself says where faces are.
+
+    Raises:
+        ConfigError: If the recipe asks for the dataset's own points or boxes, and it has none.
+    """
+    if recipe.needs == "nothing":
+        return None, OWN
+    if recipe.provider == OWN or (recipe.needs == "box" and recipe.detector == OWN):
+        if not prepare.has_own(table, recipe):
+            raise ConfigError(
+                f"prepare.provider=annotations: {name} has no {recipe.needs} of its own; use prepare.provider=faceapi"
+            )
+        return None, OWN
+    return recipe.detector, recipe.provider
+
+
+def read_shard(given: str | None) -> tuple[int, int] | None:
+    """Return (i, n) of ``shard=i/n``.
+
+    Raises:
+        ConfigError: If it is written in another way, or i is not in 0 … n - 1.
+    """
+    if given is None:
+        return None
+    parts = str(given).split("/")
+    if len(parts) == 2 and all(part.isdigit() for part in parts) and int(parts[0]) < int(parts[1]):
+        return int(parts[0]), int(parts[1])
+    raise ConfigError(f"shard={given}: write shard=i/n with i from 0 to n - 1, e.g. shard=0/16")
+
+
+def _with_progress(console: Console, work: Work, units: list[prepare.Unit], workers: int, name: str) -> None:
+    left = [unit for unit in units if not work.unit_path(unit).is_file()]
+    images, done = (sum(len(unit.rows) for unit in some) for some in (units, set(units) - set(left)))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[missed]} not found"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if done:
+        console.print(f"{name}: {done} of {images} images were done before", highlight=False)
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=images - done, missed=0)
+        prepare.run(work, units, workers, lambda count, missed: bar.update(task, completed=count, missed=missed))
+
+
+def report(console: Console, name: str, table: FaceTable, rows: int) -> None:
+    """Print how many faces were found, and what happened to the others."""
+    faces: dict[str, int] = dict(table.metadata.get("faces", {}))  # type: ignore[arg-type, call-overload]
+    said = {
+        "found": "face found",
+        "neighbour": "not found, cropped where neighbouring frames have it",
+        "centre": "not found, cropped at the table's box or at the middle of the image",
+    }
+    console.print(f"{name}: {len(table)} crops of {rows} rows", highlight=False)
+    for key, count in faces.items():
+        console.print(f"  {count:>9}  {said[key]}", highlight=False)
+    if rows > len(table):
+        console.print(f"  {rows - len(table):>9}  without a crop: unreadable image", highlight=False)
+        examples: dict[str, list[str]] = dict(table.metadata.get("skipped_examples", {}))  # type: ignore[arg-type, call-overload]
+        for path in examples.get(prepare.UNREADABLE, [])[:3]:
+            console.print(f"             {path}", highlight=False)
+    several = table.metadata.get("several_faces")
+    if several:
+        console.print(f"  {several:>9}  of these images show more than one face", highlight=False)
+    console.print(f"[bold]{table.path}[/bold]", soft_wrap=True)

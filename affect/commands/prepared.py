@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which crops a training takes: stored ones, and where they are missing the command that makes them, or others.
+
+A recipe with ``stored`` pixels trains from ``${paths.prepared}``; the delivered files need not be there any more. One
+without crops while loading, for which the table needs points or boxes; and ``prepare=none`` takes images as they are,
+which is for sets that are delivered as crops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from affect.commands.configuration import config_directory
+from affect.data.dataset import alignment_scheme
+from affect.data.prepare import find_prepared
+from affect.data.table import FaceTable
+from affect.errors import ConfigError, DataError
+from affect.geometry import CropRecipe
+
+DATASET_ROOT = "<folder as delivered>"
+
+
+def stored_recipes() -> list[str]:
+    """Return the names of the recipes of the configuration tree whose crops are stored."""
+    folder = config_directory() / "prepare"
+    return sorted(path.stem for path in folder.glob("*.yaml") if OmegaConf.load(path).get("stored"))
+
+
+def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -> FaceTable:
+    """Return the prepared table of a dataset's node.
+
+    Args:
+        node: A dataset with the nodes ``name`` and ``read``.
+        recipe: Recipe with ``stored`` pixels.
+        prepared: ``paths.prepared``.
+
+    Raises:
+        ConfigError: If it is not there, with the command that makes it.
+    """
+    name = str(node.get("name", "dataset"))
+    if prepared is None:
+        raise ConfigError("paths.prepared is empty: name the folder that affect prepare wrote to")
+    try:
+        return find_prepared(prepared, name, recipe, read_arguments(node))
+    except DataError as error:
+        raise ConfigError(f"{error}; run: {prepare_command(node, recipe, prepared)}") from error
+
+
+def read_arguments(node: DictConfig) -> dict[str, Any]:
+    """Return the resolved arguments of a dataset's reading."""
+    arguments = OmegaConf.to_container(node.read, resolve=True)
+    assert isinstance(arguments, dict)
+    return {str(key): value for key, value in arguments.items()}
+
+
+def require_croppable(node: DictConfig, table: FaceTable, recipe: CropRecipe | None) -> None:
+    """Raise ``ConfigError`` if faces of a dataset cannot be cropped while loading as the recipe asks.
+
+    Datasets that do not say whether they are delivered as crops are taken as the user's own, who knows.
+    """
+    if recipe is None or node.get("cropped") is None:
+        return
+    name, ready = str(node.get("name", "dataset")), ", ".join(stored_recipes())
+    if recipe.kind == "none":
+        if not node.cropped:
+            raise ConfigError(
+                f"prepare=none takes images as they are, and {name} is not delivered as crops: use one of {ready} "
+                "with affect prepare, or crop while loading by its own points or boxes with prepare=similarity or box"
+            )
+        return
+    if recipe.kind == "box" and "box" not in table.names:
+        lacks = "boxes"
+    elif recipe.kind == "similarity" and alignment_scheme(table.names) is None:
+        lacks = "points"
+    else:
+        return
+    also = " or prepare=none" if node.cropped else ""
+    raise ConfigError(
+        f"prepare={recipe.name} crops while loading, and {name} has no {lacks} to crop by: use one of {ready} "
+        f"with affect prepare{also}"
+    )
+
+
+def prepare_command(node: DictConfig, recipe: CropRecipe, prepared: Path | None = None) -> str:
+    """Return the command line that prepares a dataset for a training with these settings."""
+    name = str(node.get("name", "dataset"))
+    root = node.get("root") if not OmegaConf.is_missing(node, "root") else None
+    words = ["affect", "prepare", f"dataset={_option(name, node)}", f"dataset.root={root or DATASET_ROOT}"]
+    words += _changed(node, "dataset", _option(name, node), skipped={"name", "root"})
+    words += [f"prepare={recipe.name}"]
+    stated = OmegaConf.create({k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("name", "size")})
+    # The window is no matter of the stored crop.
+    words += _changed(stated, "prepare", recipe.name, skipped={"window"})
+    default = OmegaConf.load(config_directory() / "paths" / "default.yaml").prepared
+    if prepared is not None and str(prepared) != str(Path(str(default)).expanduser()):
+        words.append(f"paths.prepared={prepared}")
+    return " ".join(word if word.endswith(DATASET_ROOT) else shlex.quote(word) for word in words)
+
+
+def _option(name: str, node: DictConfig) -> str:
+    """Return the option of the group ``dataset`` that a node comes from: that of its name, or that of its reader."""
+    folder = config_directory() / "dataset"
+    if (folder / f"{name}.yaml").is_file():
+        return name
+    target = node.read.get("_target_")
+    same = [
+        path.stem
+        for path in sorted(folder.glob("*.yaml"))
+        if (leaf := OmegaConf.load(path)).get("read") and leaf.read.get("_target_") == target
+    ]
+    return same[0] if same else name
+
+
+def _changed(node: DictConfig, group: str, option: str, skipped: set[str]) -> list[str]:
+    """Return the overrides that make an option of a group what ``node`` is, as far as its plain keys go."""
+    path = config_directory() / group / f"{option}.yaml"
+    if not path.is_file():
+        return []
+    leaf, words = OmegaConf.load(path), []
+    for key in leaf:
+        # Interpolations follow the keys that they point to.
+        if key in skipped or key not in node or (not OmegaConf.is_missing(leaf, key) and OmegaConf.is_dict(leaf[key])):
+            continue
+        if OmegaConf.is_interpolation(leaf, key):
+            continue
+        before = None if OmegaConf.is_missing(leaf, key) else leaf[key]
+        if not OmegaConf.is_missing(node, key) and node[key] != before and key not in _FOR_TRAINING:
+            words.append(f"{group}.{key}={'null' if node[key] is None else node[key]}")
+    return words
+
+
+_FOR_TRAINING = frozenset(
+    {"group", "stratify", "together", "cropped", "expressions", "defaults", "protocol", "prepare"}
+)
+"""Keys of a dataset that decide nothing about crops or labels."""
