@@ -14,16 +14,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from affect.commands import assembly, inference
+from affect.commands.configuration import is_given
 from affect.commands.run_folder import CONFIG, RESULTS
-from affect.commands.train import check_columns, group_columns, quiet
-from affect.data.datamodule import ALL
+from affect.commands.train import check_columns, group_columns, headline_names, headline_table, missing_faces, quiet
+from affect.data.datamodule import ALL, FaceDataModule
 from affect.data.images import Source
-from affect.data.protocol import TEST
-from affect.errors import CheckpointError, ConfigError
+from affect.data.protocol import TEST, known_people, part_name
+from affect.errors import CheckpointError, ConfigError, DataError, near
 from affect.geometry import CropRecipe
 from affect.metrics import F1
 from affect.release import MODEL, Release, build_model, build_tasks, check_config, read_release
-from affect.report import environment, read_json, results_table, subgroup_tables, write_json
+from affect.report import environment, provenance, read_json, results_table, subgroup_tables, write_json
+from affect.report.provenance import ON_TEST
 from affect.tasks import Task
 
 PARTS = ("train", "validation", "test", "all")
@@ -39,8 +41,12 @@ def run(config: DictConfig) -> None:
     trust = list(config.trust)
     release = read_release(Path(config.checkpoint).expanduser(), trust)
     settings = data_settings(config, release, trust)
-    described = release.preprocess.get("recipe")
-    sources = assembly.build_sources(settings, CropRecipe.read(described) if described else None)
+    recipe, differing = crop_recipe(settings, release, stored_run(release, trust), is_given("prepare"))
+    # Who tests holds nothing out, so near-duplicates need not be found again.
+    sources = assembly.build_sources(settings, recipe, hold_out=config.part in ("train", "validation"))
+    differing += crop_differences([source.described for source in sources if source.described != recipe], release)
+    for line in differing:
+        console.print(f"note: {line}", highlight=False)
     part = config.part or default_part(settings, stored_run(release, trust), sources)
     offered = build_tasks(release)
     tasks = usable_tasks(offered, sources, release, console)
@@ -50,8 +56,16 @@ def run(config: DictConfig) -> None:
     image_size = int(release.preprocess["image_size"])
     datamodule = assembly.build_datamodule(settings, sources, tasks, image_size)
     datamodule.setup("test")
+    chosen_rows = datamodule.part_rows(part)
+    leaks = trained_people(datamodule, part, release)
+    headline, left_out = inference.resolve_headline(datamodule.protocol.headline, tasks)
+    subsets = (datamodule.protocol.subsets or {}) if part in (TEST, ALL) else {}
+    inference.require_subset_columns(sources, subsets)
+    inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, chosen_rows)
     loader = datamodule.part_dataloader(part)
     summary = datamodule.summary()
+    summary["leaks"] = [*summary["leaks"], *leaks]
+    summary["notes"] += left_out
     total = sum(len(source.table) for source in sources)
     numbers = summary["parts"][part]
     console.print(f"part {part}: {numbers['rows']} rows of {total}, {numbers['groups']} groups")
@@ -59,8 +73,12 @@ def run(config: DictConfig) -> None:
     values, index, rows = inference.predict_values(module, loader, device, f"predicting {part}", tasks)
     group_by = group_columns(config)
     check_columns(config, sources)
-    table = inference.predictions_table(sources, tasks, values, index, rows, settings.protocol.get("group"), group_by)
-    records = inference.table_metrics(table, tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by)
+    inference.count_as_absent(values, datamodule.sources, tasks, datamodule.protocols, index, rows)
+    groups = [protocol.group for protocol in datamodule.protocols]
+    table = inference.predictions_table(datamodule.sources, tasks, values, index, rows, groups, group_by, subsets)
+    bootstrap = (config.bootstrap.resamples, config.bootstrap.level)
+    records = inference.table_metrics(table, tasks, *bootstrap, 0, group_by)
+    sums = inference.headline_records(table, tasks, headline, *bootstrap)
 
     out = Path(config.out) if config.out else Path(config.checkpoint) / "evaluate" / f"{data_name(settings)}-{part}"
     table.to_parquet(out / "predictions" / f"{part}.parquet")
@@ -75,19 +93,49 @@ def run(config: DictConfig) -> None:
         "protocol": OmegaConf.to_container(settings.protocol, resolve=True),
         "bootstrap": OmegaConf.to_container(config.bootstrap, resolve=True),
         "tasks_left_out": sorted(offered.keys() - tasks.keys()),
+        "headline": sums,
         "metrics": {part: records},
+        "missing_faces": missing_faces(settings, summary),
         "data": summary,
         "preprocess": release.preprocess,
+        "crops_differ": differing,
         "environment": environment(),
         "seconds": time.time() - started,
     }
     write_json(out / "results.json", results)
     shown = [record for record in records if not record.get("subgroup")]
-    console.print(results_table(shown, f"{settings.dataset.name}, {part} part"))
-    if group_by:
-        for subgroups in subgroup_tables(records):
+    note = provenance(results, part)
+    title = f"{settings.dataset.name}, {part} part"
+    if (results["selection"] or {}).get("rule") == "best_on_test":
+        title += f", {ON_TEST}"
+    for leak in summary["leaks"]:
+        console.print(f"LEAK (protocol.allow_leak=true): {leak}", highlight=False)
+    if sums:
+        console.print(headline_table(sums, title, note))
+    console.print(results_table(shown, title, note=note))
+    if any(record.get("subgroup") for record in records):
+        for subgroups in subgroup_tables(records, note=note, names=headline_names(sums)):
             console.print(subgroups)
     console.print(f"[bold]{out}[/bold]: results.json, predictions/{part}.parquet")
+
+
+def trained_people(datamodule: FaceDataModule, part: str, release: Release) -> list[str]:
+    """Return sentences on people of ``part`` that the model was trained on, if ``protocol.allow_leak`` lets them pass.
+
+    A training or validation part that was asked for by name says itself what it is.
+
+    Raises:
+        DataError: If there are some and it does not.
+    """
+    if part not in (TEST, ALL):
+        return []
+    leaks = known_people(datamodule.sources, datamodule.part_rows(part), release.people)
+    if leaks and not datamodule.protocol.allow_leak:
+        raise DataError(
+            f"{'; '.join(leaks)}; evaluate on other people, leave these out (protocol.keep), or let "
+            "protocol.allow_leak=true mark every number"
+        )
+    return leaks
 
 
 def default_part(settings: DictConfig, stored: DictConfig | None, sources: Sequence[Source]) -> str:
@@ -100,9 +148,9 @@ def default_part(settings: DictConfig, stored: DictConfig | None, sources: Seque
     """
     if stored is not None and all(settings.dataset.get(key) == stored.dataset.get(key) for key in ("name", "table")):
         return TEST
-    wanted = TEST if settings.protocol.get("test") is None else settings.protocol.get("test")
-    official = any("part" in s.table.names and wanted in s.table.codes("part")[1] for s in sources)
-    return TEST if official else ALL
+    wanted = set(part_name(settings.protocol.get("test")).casefold().split("+"))
+    found = [{str(n).strip().casefold() for n in s.table.codes("part")[1]} for s in sources if "part" in s.table.names]
+    return TEST if any(wanted & names for names in found) else ALL
 
 
 def data_name(settings: DictConfig) -> str:
@@ -139,29 +187,105 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
         "image_size": release.preprocess["image_size"]
     }  # what a crop recipe of the config tree asks for
     stored = stored_run(release, trust)
-    if not settings.get("dataset"):
+    node = settings.get("dataset") or OmegaConf.create({})
+    if not _is_whole(node):
         if stored is None:
             raise ConfigError(f"checkpoint={config.checkpoint} is a release without its run: name a dataset=…")
-        settings.dataset = stored.dataset
+        settings.dataset, settings.selection = restated(stored.dataset, node), stored.selection
         if settings.data.limit is None:
             settings.data.limit = stored.data.limit
-    elif not (settings.dataset.get("read") or settings.dataset.get("sources")):
-        raise ConfigError(f"dataset.{next(iter(settings.dataset))}: name the dataset too (dataset=<name>)")
+    if settings.data.limit == "all":
+        settings.data.limit = None
     if stored is not None:
-        # A part of the protocol (+protocol.test=1) changes the run's; a whole one (protocol=default) replaces it.
-        settings.protocol = OmegaConf.merge(stored.protocol, settings.get("protocol") or {})
+        # A part of the protocol (protocol.test=1) changes the run's; a whole one (protocol=default) replaces it.
+        given = settings.get("protocol") or OmegaConf.create({})
+        settings.protocol = OmegaConf.merge(stored.protocol, given)
+        for key in ("keep", "subsets", "headline"):  # A mapping is replaced, not mixed with that of another protocol.
+            if key in given:
+                settings.protocol[key] = given[key]
     if not settings.get("protocol"):
         raise ConfigError("name a protocol=… (e.g. protocol=default)")
-    recipe = release.preprocess.get("recipe")
-    given = assembly.make(settings.get("prepare"), "prepare")
-    if given is not None and recipe is not None and given.describe() != recipe:
-        differing = sorted(key for key in recipe if given.describe().get(key) != recipe[key])
-        raise ConfigError(f"prepare: the checkpoint was trained on other crops (differs in {', '.join(differing)})")
     return settings
 
 
+def _is_whole(node: DictConfig) -> bool:
+    """Return whether a node is a dataset, not some keys of one."""
+    listed = node.get("sources")
+    return bool(node.get("read") or (listed and all(source.get("read") for source in listed.values())))
+
+
+def restated(stored: DictConfig, given: DictConfig, place: str = "dataset") -> DictConfig:
+    """Return the stored node of a dataset with the keys that the command line gives.
+
+    A stored node is resolved. Where ``read``, ``images`` or ``expected`` take an argument of the same name and had the
+    same value, they took it from the key that changes, and change with it.
+
+    Raises:
+        ConfigError: If the dataset has no such key.
+    """
+    found = OmegaConf.create(OmegaConf.to_container(stored))
+    for key, value in given.items():
+        if key not in stored:
+            raise ConfigError(f"{place} has no key {key!r}; {near(str(key), [str(name) for name in stored])}")
+        if isinstance(value, DictConfig) and isinstance(stored[key], DictConfig):
+            found[key] = restated(stored[key], value, f"{place}.{key}")
+            continue
+        found[key] = value
+        for name in ("read", "images", "expected"):
+            node = stored.get(name)
+            if isinstance(node, DictConfig) and key in node and node[key] == stored[key]:
+                found[name][key] = value
+    return found
+
+
+def crop_recipe(
+    settings: DictConfig, release: Release, stored: DictConfig | None, given: bool
+) -> tuple[CropRecipe | None, list[str]]:
+    """Return how faces are cropped, and a sentence where that is not how the checkpoint's were.
+
+    Photographs are cropped as the checkpoint's were, whatever their dataset chooses for a training. Images that are
+    delivered as crops (``dataset.cropped``) are taken as their dataset says. ``prepare=…`` of the command line wins.
+
+    Args:
+        settings: What ``data_settings`` returned.
+        release: The checkpoint.
+        stored: Its run, if it lies in one; that knows whether its crops were stored.
+        given: Whether the command line names ``prepare``.
+    """
+    described = release.preprocess.get("recipe")
+    trained = CropRecipe.read(described) if described else None
+    own = trained
+    if stored is not None and stored.get("prepare"):
+        run = assembly.make(stored.prepare, "prepare")
+        if run is not None and trained is not None and run.composed().describe() == trained.describe():
+            own = run
+    chosen = assembly.make(settings.get("prepare"), "prepare")
+    if chosen is None or not (given or settings.dataset.get("cropped")):
+        return own, []
+    return chosen, crop_differences([chosen.composed()], release)
+
+
+def crop_differences(recipes: Sequence[CropRecipe | None], release: Release) -> list[str]:
+    """Return a sentence for each recipe (from photographs to the model's input) that is not the checkpoint's."""
+    found = []
+    trained = {key: value for key, value in (release.preprocess.get("recipe") or {}).items() if key != "name"}
+    for recipe in recipes:
+        here = {} if recipe is None else {key: value for key, value in recipe.describe().items() if key != "name"}
+        if bool(here) != bool(trained):
+            names = [node.get("kind", "whole images") for node in (here, trained)]
+            found.append(f"prepare: crops are not those that the checkpoint was trained on: {names[0]}, not {names[1]}")
+            continue
+        keys = [key for key in sorted(here.keys() | trained.keys()) if here.get(key) != trained.get(key)]
+        if keys:
+            listed = ", ".join(f"{key} {here.get(key)}, not {trained.get(key)}" for key in keys)
+            found.append(f"prepare: crops are not those that the checkpoint was trained on: {listed}")
+    return found
+
+
 def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
-    """Return the nodes ``dataset``, ``protocol`` and ``data.limit`` of the run that a release lies in, if it does.
+    """Return the nodes ``dataset``, ``protocol``, ``selection``, ``prepare`` and ``data.limit`` of a release's run.
+
+    None if it lies in none.
 
     Raises:
         CheckpointError: If they could run code that is neither ours nor trusted.
@@ -172,7 +296,10 @@ def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
         return None
     plain = OmegaConf.to_container(loaded, resolve=False)
     assert isinstance(plain, dict)
-    kept = {"dataset": plain["dataset"], "protocol": plain["protocol"], "data": {"limit": None}}
+    rule = str(plain.get("selection") or "best_val")
+    kept = {"dataset": plain["dataset"], "protocol": plain["protocol"], "selection": rule, "data": {"limit": None}}
+    if plain.get("prepare"):
+        kept["prepare"] = plain["prepare"]
     if isinstance(plain.get("data"), dict):
         kept["data"]["limit"] = plain["data"].get("limit")
     check_config(kept, trust, str(path), dataset=True)

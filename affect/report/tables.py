@@ -63,11 +63,28 @@ def results_table(
     return _noted(table, notes if scores else ["no results"], note)
 
 
-def subgroup_tables(records: Sequence[Record], *, digits: int = 3, note: str | None = None) -> list[Table]:
-    """Return for each task a table of its subgroups, narrow enough for a terminal of 80 columns."""
-    tasks = list(dict.fromkeys(score.task for score in read_scores(records)))
-    own = {task: [record for record in records if str(record.get("task") or "") == task] for task in tasks}
-    return [subgroup_table(own[task], f"{task or 'all'} by subgroup", digits=digits, note=note) for task in tasks]
+def subgroup_tables(
+    records: Sequence[Record],
+    *,
+    names: Sequence[str] | None = None,
+    digits: int = 3,
+    note: str | None = None,
+) -> list[Table]:
+    """Return for each task a table of its subgroups, narrow enough for a terminal of 80 columns.
+
+    Args:
+        records: Records of one evaluation with those of its subgroups.
+        names: Record names to show in the tables of tasks that have one of them; see ``subgroup_table``.
+        digits: Decimals of every number.
+        note: Line below each table: where the numbers come from.
+    """
+    tables = []
+    for task in dict.fromkeys(score.task for score in read_scores(records)):
+        own = [record for record in records if str(record.get("task") or "") == task]
+        shown = [name for name in names or () if any(record["name"] == name for record in own)]
+        title = f"{task or 'all'} by subgroup"
+        tables.append(subgroup_table(own, title, names=shown or None, digits=digits, note=note))
+    return tables
 
 
 def subgroup_table(
