@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The privileged attribution loss as an auxiliary objective on any convolutional layer of any model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from affect.errors import ConfigError, near
+from affect.labels import SCHEMES
+from affect.losses.base import Terms
+from affect.losses.privileged_attribution import (
+    Channels,
+    Kind,
+    Scale,
+    attribution,
+    landmark_prior,
+    privileged_attribution,
+    spread_of,
+)
+from affect.models.base import Batch, Objective
+
+_CONSTANT = 1e-5
+
+
+class PrivilegedAttribution(Objective):
+    """Pulls the attribution of a layer to the landmarks of the face (arXiv 2203.12905); free at inference.
+
+    Images without landmarks do not count.
+
+    Args:
+        layer: Dotted name of the layer, relative to the Lightning module, e.g. ``encoder.model.layer3``; its output is
+            ``(B, C, h, w)``.
+        task: Task whose logits make the score.
+        score: ``sum`` of all logits of the task, or those of the ``label`` (images without a label then do not count).
+        scheme: Landmark scheme of the prior.
+        kind: ``grad_input`` or ``grad``. In a network of ReLUs ``grad`` trains nothing below the layer.
+        channels: ``mean``, ``half_mean`` or ``all``.
+        scale: ``norm`` or ``std``.
+        sigma: Standard deviation of a landmark's Gaussian in pixels of the image.
+        weight: Factor in the total loss.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        task: str = "expression",
+        score: str = "sum",
+        scheme: str = "68",
+        kind: Kind = "grad_input",
+        channels: Channels = "mean",
+        scale: Scale = "norm",
+        sigma: float = 3.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for key, value, options in (
+            ("score", score, ("sum", "label")),
+            ("scheme", str(scheme), tuple(SCHEMES)),
+            ("kind", kind, ("grad_input", "grad")),
+            ("channels", channels, ("mean", "half_mean", "all")),
+            ("scale", scale, ("norm", "std")),
+        ):
+            if value not in options:
+                raise ConfigError(f"objective privileged attribution: {key}={value!r}; {near(str(value), options)}")
+        if not sigma > 0:
+            raise ConfigError(f"objective privileged attribution: sigma={sigma} must be more than 0 pixels")
+        self.layers, self.schemes = (str(layer),), (str(scheme),)
+        self.layer, self.task, self.score, self.scheme = str(layer), task, score, str(scheme)
+        self.kind, self.channels, self.scale = kind, channels, scale
+        self.sigma, self.weight = float(sigma), float(weight)
+
+    def attribution(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the attribution, float32 ``(B, C, h, w)``, and which images have a score, bool ``(B,)``.
+
+        Raises:
+            ConfigError: If the task is unknown, or the layer's output is no map or has no part in its logits.
+        """
+        if self.task not in outputs:
+            raise ConfigError(f"objective privileged attribution: no task {self.task!r}; {near(self.task, outputs)}")
+        activation = taps[self.layer]
+        if activation.ndim != 4:
+            raise ConfigError(
+                f"objective privileged attribution: layer {self.layer} gives shape {tuple(activation.shape)}, "
+                "and a map (B, C, h, w) is needed; name a convolutional layer"
+            )
+        logits = outputs[self.task].float()
+        scored = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        if self.score == "label":
+            mask = batch.masks[self.task]
+            scored = mask.any(1)
+            logits = torch.where(mask, logits * batch.targets[self.task], 0)
+        if not activation.requires_grad:
+            raise ConfigError(
+                f"objective privileged attribution: nothing below or at layer {self.layer} is trained, so it could "
+                "change nothing; set encoder.trainable=all, or name a later layer"
+            )
+        try:
+            return attribution(logits.sum(), activation, self.kind), scored
+        except RuntimeError as error:
+            if "not have been used in the graph" not in str(error):
+                raise
+            raise ConfigError(
+                f"objective privileged attribution: layer {self.layer} has no part in the logits of {self.task}"
+            ) from error
+
+    def prior(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the prior maps ``(B, h, w)`` of a batch and which images have one ``(B,)``."""
+        height, width = batch.image.shape[-2:]
+        points, mask = batch.points[self.scheme], batch.point_masks[self.scheme]
+        return landmark_prior(points, mask, (height, width), size, self.sigma)
+
+    def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
+        """Return the loss summed over the images with landmarks, and their number.
+
+        Raises:
+            ConfigError: Besides what ``attribution`` raises, if the attribution is the same at every position.
+        """
+        # Gradients of gradients lose what half precision leaves of them.
+        with torch.autocast(batch.image.device.type, enabled=False):
+            found, scored = self.attribution(batch, outputs, taps)
+            prior, some = self.prior(batch, (found.shape[-2], found.shape[-1]))
+            used = some & scored
+            if self.kind == "grad" and bool(used.any()) and bool((spread_of(found)[used] < _CONSTANT).all()):
+                raise ConfigError(
+                    f"objective privileged attribution: the gradient at layer {self.layer} is the same at every "
+                    "position (behind it is only an average), so it has no direction; take kind=grad_input or an "
+                    "earlier layer"
+                )
+            loss = privileged_attribution(found, prior, self.channels, self.scale)
+            return Terms(torch.where(used, loss, 0).sum()[None], used.sum().float()[None])

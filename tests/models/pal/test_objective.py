@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PAL inside a model: it trains, in every precision; images without landmarks do not count; errors say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from affect import losses, tasks
+from affect.callbacks import EMA
+from affect.data.batch import FaceBatch
+from affect.encoders import TimmEncoder
+from affect.errors import ConfigError
+from affect.models.baseline import Baseline
+from affect.models.pal import PrivilegedAttribution
+
+LAYER = "encoder.model.layer3"
+
+
+def make_batch(size: int = 4) -> FaceBatch:
+    torch.manual_seed(0)
+    mask = torch.ones(size, 68, dtype=torch.bool)
+    mask[-1] = False
+    return FaceBatch(
+        image=torch.randint(0, 256, (size, 3, 64, 64), dtype=torch.uint8),
+        targets={"expression": torch.eye(7)[torch.arange(size) % 7]},
+        masks={"expression": torch.ones(size, 7, dtype=torch.bool)},
+        points={"68": torch.rand(size, 68, 2) * 40 + 10},
+        point_masks={"68": mask},
+    )
+
+
+def make(objective: PrivilegedAttribution | None = None, **arguments) -> Baseline:
+    torch.manual_seed(0)
+    task = tasks.Expression(classes="affectnet7", loss=losses.CrossEntropy(), metrics=[])
+    module = Baseline(
+        {"expression": task},
+        TimmEncoder("test_resnet", image_size=64, **arguments),
+        objectives={"pal": objective or PrivilegedAttribution(LAYER)},
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+    )
+    torch.nn.init.normal_(module.head.linear["expression"].weight)  # the default starts close to 0
+    module.setup("fit")
+    return module
+
+
+def terms(module, batch):
+    outputs = module(batch)
+    return module.objectives["pal"](batch, outputs, module.taps)
+
+
+def test_images_without_landmarks_do_not_count():
+    module, batch = make().eval(), make_batch()
+    found = terms(module, batch)
+    assert found.count.tolist() == [3.0]
+    moved = dataclasses.replace(batch, points={"68": batch.points["68"].index_fill(0, torch.tensor([3]), 1e4)})
+    torch.testing.assert_close(terms(module, moved).sum, found.sum)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("kind", ["grad_input", "grad"])
+def test_it_has_a_gradient_in_every_precision(precision, ema, kind):
+    module = make(PrivilegedAttribution("encoder.model.layer2", kind=kind))
+    module.losses["expression"].forward = lambda o, t, m: losses.Terms(o.sum()[None] * 0, o.new_ones(1))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    pl.Trainer(
+        max_steps=1,
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[EMA()] if ema else [],
+    ).fit(module, DataLoader([make_batch()], batch_size=None))
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("encoder.model.layer4") for name in moved)
+    assert "head.linear.expression.weight" in moved or kind == "grad_input"
+
+
+def test_the_label_is_a_score_of_its_own():
+    batch = make_batch()
+    sums = [terms(make(PrivilegedAttribution(LAYER, score=score)).eval(), batch).sum for score in ("sum", "label")]
+    assert not torch.allclose(*sums)
+    unlabelled = dataclasses.replace(batch, masks={"expression": torch.zeros(4, 7, dtype=torch.bool)})
+    found = terms(make(PrivilegedAttribution(LAYER, score="label")).eval(), unlabelled)
+    assert (float(found.sum.detach()), float(found.count)) == (0, 0)
+
+
+def test_it_trains_towards_the_prior():
+    module, batch = make(), make_batch()
+    module.eval()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    values = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        term = terms(module, batch)
+        (term.sum / term.count).sum().backward()
+        optimizer.step()
+        values.append(float(term.sum.detach()))
+    assert values[-1] < values[0] - 1
+
+
+def test_prediction_is_the_plain_model():
+    with_objective, batch = make().eval(), make_batch()
+    with torch.no_grad():
+        predicted = with_objective.predict_step(batch)
+        assert not with_objective.taps
+        plain = Baseline(with_objective.tasks, with_objective.encoder).eval()
+        plain.head = with_objective.head
+        torch.testing.assert_close(predicted, plain.predict_step(batch))
+    assert not any("pal" in name for name in with_objective.release_state())
+
+
+class TestRefusals:
+    def test_a_layer_that_does_not_exist(self):
+        with pytest.raises(ConfigError, match=r"did you mean encoder\.model\.layer"):
+            make(PrivilegedAttribution("encoder.model.layer9"))
+
+    def test_a_layer_without_positions(self):
+        with pytest.raises(ConfigError, match="convolutional layer"):
+            terms(make(PrivilegedAttribution("encoder")), make_batch())
+
+    def test_a_gradient_without_direction(self):
+        module = make(PrivilegedAttribution("encoder.model.layer4", kind="grad"))
+        with pytest.raises(ConfigError, match="kind=grad_input"):
+            terms(module, make_batch())
+        terms(make(PrivilegedAttribution("encoder.model.layer4")), make_batch())
+
+    def test_a_frozen_encoder(self):
+        with pytest.raises(ConfigError, match=r"encoder\.trainable=all"):
+            terms(make(trainable="none"), make_batch())
+
+    def test_an_unknown_task(self):
+        with pytest.raises(ConfigError, match="did you mean expression"):
+            terms(make(PrivilegedAttribution(LAYER, task="expresion")), make_batch())
+
+    @pytest.mark.parametrize("key", ["score", "scheme", "kind", "channels", "scale"])
+    def test_unknown_options(self, key):
+        with pytest.raises(ConfigError, match=key):
+            PrivilegedAttribution(LAYER, **{key: "other"})
