@@ -126,7 +126,7 @@ def prediction_recipe(preprocess: dict[str, Any]) -> CropRecipe:
     size = int(preprocess["image_size"])
     if was_delivered(preprocess):
         return CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
-    return CropRecipe.read({**preprocess["recipe"], "size": size})
+    return CropRecipe.read({**preprocess["recipe"], "size": size}).composed()
 
 
 def was_delivered(preprocess: dict[str, Any]) -> bool:
