@@ -1,28 +1,254 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect synthesize``: write the built-in faces as image files with a table beside them."""
+"""``affect synthesize``: write the built-in faces, as image files with a table or in the layout of a real dataset.
+
+``layout=bp4d`` writes the tree that the owner of BP4D delivers, with drawn faces in it, so that a pipeline can be tried
+before a licence arrives. A layout is a configuration of the group ``dataset`` whose module has ``dress`` and ``write``.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
+from tqdm import tqdm
 
-from affect.commands import assembly
+from affect import labels
+from affect.commands import assembly, configuration
 from affect.data import faces
-from affect.errors import ConfigError
+from affect.data.check import SYNTHETIC
+from affect.data.faces import FaceDials, FaceImages
+from affect.data.layouts import faces as source
+from affect.data.table import FaceTable
+from affect.errors import ConfigError, near
+from affect.files import replacing
+
+FEWEST = 12
+"""Faces that a layout needs, so that each of its parts has some."""
+
+_AT_ONCE = 16
 
 
 def run(config: DictConfig) -> None:
-    """Write ``dataset.count`` faces, ``faces.parquet`` and a contact sheet to ``out``; continues where it stopped."""
+    """Write ``dataset.count`` faces to ``out``; continues where it stopped.
+
+    Without ``layout`` they are files with ``faces.parquet`` and a contact sheet beside them.
+    """
     if config.dataset.name != "faces":
         raise ConfigError(f"dataset={config.dataset.name}: only the built-in faces can be written, dataset=faces")
     console = Console()
     dials = assembly.make(config.dataset.dials, "dataset.dials")
-    out = Path(config.out).expanduser()
-    faces.write_files(dials, int(config.dataset.seed), int(config.dataset.count), out)
+    seed, count, out = int(config.dataset.seed), int(config.dataset.count), Path(config.out).expanduser()
+    if config.get("layout"):
+        tree = Tree.of(str(config.layout), out, OmegaConf.to_container(config.get("options") or OmegaConf.create({})))
+        table = tree.write(dials, seed, count)
+        console.print(
+            f"[bold]{out}[/bold]: {len(table)} drawn faces in the layout of {tree.name}; next:", soft_wrap=True
+        )
+        for line in tree.next_commands(table):
+            console.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+        return
+    if config.get("options"):
+        raise ConfigError("options=… are those of a layout; choose one: layout=bp4d")
+    faces.write_files(dials, seed, count, out)
     if config.sheet:
-        faces.sheet(dials, int(config.dataset.seed), np.arange(min(40, int(config.dataset.count))), out / "sheet.png")
-    console.print(f"[bold]{out}[/bold]: faces.parquet and {config.dataset.count} images")
+        faces.sheet(dials, seed, np.arange(min(40, count)), out / "sheet.png")
+    console.print(f"[bold]{out}[/bold]: faces.parquet and {count} images")
     console.print(f"train on them: affect train dataset=table dataset.table={out / 'faces.parquet'}")
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A dataset's tree of drawn faces.
+
+    Attributes:
+        name: Name of the dataset's configuration.
+        out: Folder to write.
+        module: The layout.
+        arguments: What the configuration gives to the layout's ``read``, without the root.
+        options: Settings that differ from the configuration's own.
+        prepared: Whether its recipe stores crops, so that ``affect prepare`` comes before training.
+    """
+
+    name: str
+    out: Path
+    module: ModuleType
+    arguments: Mapping[str, Any]
+    options: Mapping[str, Any]
+    prepared: bool
+
+    @classmethod
+    def of(cls, name: str, out: Path, options: Mapping[str, Any]) -> Tree:
+        """Return the tree of a dataset's configuration.
+
+        Raises:
+            ConfigError: If there is no such configuration, its layout cannot be written, or an option is unknown.
+        """
+        config_dir = _extension()
+        with configuration.open_hydra("train", config_dir) as hydra:
+            known = configuration.group_options(hydra, "dataset")
+        if name not in known:
+            raise ConfigError(f"layout={name}: unknown; {near(name, _writable(known))}")
+        config = configuration.compose("train", [f"dataset={name}"], config_dir)
+        node = config.dataset
+        module = _module(node)
+        if module is None or not (hasattr(module, "dress") and hasattr(module, "write")):
+            raise ConfigError(f"layout={name}: it is no dataset that can be written; {near(name, _writable(known))}")
+        for key, value in options.items():
+            if key not in node or key == "root":
+                raise ConfigError(f"options.{key}: dataset={name} has no such key; {near(key, [*map(str, node)])}")
+            with open_dict(node):
+                node[key] = value
+        with open_dict(node):
+            node.root = str(out)
+        arguments = OmegaConf.to_container(node.read, resolve=True)
+        assert isinstance(arguments, dict)
+        kept = {str(key): value for key, value in arguments.items() if key not in ("_target_", "root")}
+        return cls(name, out, module, kept, dict(options), bool(config.prepare.get("stored")))
+
+    def write(self, dials: FaceDials, seed: int, count: int) -> FaceTable:
+        """Write the tree and return its table; the same call again gives the same files.
+
+        Raises:
+            ConfigError: If the folder holds anything else, or ``count`` is too small.
+        """
+        if count < FEWEST:
+            raise ConfigError(
+                f"dataset.count={count}: a layout needs at least {FEWEST} faces, so that each part has some"
+            )
+        self._claim(dials, seed, count)
+        dressed = self.module.dress(source.read(dials, seed, count), **self._fitting(self.module.dress))
+        with tqdm(total=len(dressed.rows), desc=self.name, unit="face") as bar:
+            images = _Drawn(FaceImages(dials, seed), dressed.rows, bar)
+            self.module.write(dressed.table, self.out, images=images, **self._fitting(self.module.write))
+        return dressed.table
+
+    def _fitting(self, function: Any) -> dict[str, Any]:  # noqa: ANN401
+        known = inspect.signature(function).parameters
+        return {key: value for key, value in self.arguments.items() if key in known}
+
+    def _claim(self, dials: FaceDials, seed: int, count: int) -> None:
+        """Write the note that tells the tree from the real dataset, before anything else."""
+        settings = {"layout": self.name, "options": self.options, "count": count, "seed": seed, "dials": asdict(dials)}
+        text = _NOTE.format(name=self.name, settings=json.dumps(settings, indent=1, default=list))
+        note = self.out / SYNTHETIC
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"out={self.out}: not a folder; choose another")
+        if note.is_file():
+            if note.read_text(encoding="utf-8") != text:
+                raise ConfigError(
+                    f"out={self.out}: it holds drawn faces of other settings ({note}); choose another folder"
+                )
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise ConfigError(f"out={self.out}: the folder is not empty and not of this command; choose another folder")
+        with replacing(note) as part:
+            part.write_text(text, encoding="utf-8")
+
+    def next_commands(self, table: FaceTable) -> list[str]:
+        """Return the commands that try the pipeline on the tree, as a shell takes them."""
+        shared = [f"dataset={self.name}", f"dataset.root={self.out}"]
+        shared += [f"dataset.{key}={_spelled(value)}" for key, value in self.options.items()]
+        commands = [["check", *shared]]
+        if self.prepared:
+            commands.append(["prepare", *shared])
+        commands.append(["train", *shared, *_tasks(table)])
+        return [shlex.join(["affect", *words]) for words in commands]
+
+
+class _Drawn:
+    """Pictures of the rows of a dressed table, a bar beside them.
+
+    Args:
+        images: Pictures of the built-in faces.
+        rows: Built-in face of each row ``(N,)``.
+        bar: Counts what was drawn.
+    """
+
+    def __init__(self, images: FaceImages, rows: np.ndarray, bar: tqdm) -> None:
+        self.images, self.rows, self.bar = images, rows, bar
+
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        found: list[np.ndarray] = []
+        wanted = self.rows[rows]
+        for start in range(0, len(wanted), _AT_ONCE):
+            found += self.images.read(wanted[start : start + _AT_ONCE])
+            self.bar.update(len(found) - start)
+        return found
+
+
+_NOTE = """# Drawn faces
+
+`affect synthesize` wrote this tree: the built-in faces of affect in the layout of `{name}`. Nobody is shown here, and
+no number that is measured on it is a result on people. The file tells the tree from the real dataset: leave it here.
+
+```json
+{settings}
+```
+"""
+
+
+def _extension() -> Path | None:
+    """Return the folder that ``--config-dir`` of the running command named."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    sources = HydraConfig.get().runtime.config_sources
+    return next((Path(entry.path) for entry in sources if entry.provider == "command-line"), None)
+
+
+def _module(node: DictConfig) -> ModuleType | None:
+    """Return the module of a dataset's ``read``."""
+    target = str((node.get("read") or {}).get("_target_", ""))
+    name = target.rpartition(".")[0]
+    try:
+        return importlib.import_module(name) if name else None
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"dataset.read: cannot import {name} ({error})") from error
+
+
+def _writable(names: list[str]) -> list[str]:
+    """Return the datasets of the package whose layout can be written; for messages only."""
+    found = []
+    for name in names:
+        path = configuration.config_directory() / "dataset" / f"{name}.yaml"
+        module = _module(OmegaConf.load(path)) if path.is_file() else None  # type: ignore[arg-type]
+        found += [name] if module is not None and hasattr(module, "dress") else []
+    return found
+
+
+def _spelled(value: Any) -> str:  # noqa: ANN401
+    """Return a setting's value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _tasks(table: FaceTable) -> list[str]:
+    """Return the settings that choose tasks which a table has labels for: behaviour, or else points, or attributes."""
+    names = table.names
+
+    def labelled(start: str, end: str = "") -> bool:
+        return any(name.startswith(start) and name.endswith(end) for name in names)
+
+    found = {
+        "au": labelled("au", "_occurrence"),
+        "au_intensity": labelled("au", "_intensity") and not labelled("au", "_occurrence"),
+        "expression": "expression" in names or labelled("expression_"),
+        "valence_arousal": {"valence", "arousal"} <= names,
+    }
+    tasks = [task for task, there in found.items() if there]
+    scheme = next((name for name in ("68", "98") if labels.SCHEMES[name].column in names), None)
+    if not tasks and scheme is not None:
+        return ["task=[landmarks]", *([] if scheme == "68" else [f"task.landmarks.scheme={scheme}"])]
+    return [f"task=[{','.join(tasks or ['attributes'])}]"]

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from affect import labels
 from affect.data.images import ImageReader
-from affect.data.layouts.common import Reading, encode_image, write_bytes, write_lines
+from affect.data.layouts.common import Reading, encode_image, encode_matrices, write_bytes, write_lines
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import DataError
 
@@ -138,6 +138,8 @@ def read_occurrence(reading: Reading, path: str, missing: Sequence[int] = (NOT_C
     """
     numbers = _numbers_of_header(reading, path)
     rows = reading.numbers(path, len(numbers), skip=1, integer=True)
+    if not len(rows):
+        reading.skip("label files without a coded frame", [path])
     frames = _increasing_frames(reading, path, rows[:, 0], skip=1)
     cells: dict[str, Cells] = {}
     unnamed = []
@@ -201,6 +203,8 @@ def read_intensity(
         DataError: With the line, if a cell is no label or frames do not increase.
     """
     rows = reading.numbers(path, 2, integer=True)
+    if not len(rows):
+        raise DataError(f"{reading.root / path}: the file is empty, expected lines frame,intensity; copy it again")
     own = _increasing_frames(reading, path, rows[:, 0])
     valid = (rows[:, 1] >= 0) & (rows[:, 1] <= 5)
     allowed = "".join(f" or {code} (not coded)" for code in missing)
@@ -216,10 +220,10 @@ def read_intensity(
 def spread(frames: np.ndarray, own: np.ndarray, cells: Cells) -> Cells:
     """Return the cells of ``own`` frames at ``frames``, both increasing; null where ``own`` lacks one."""
     values, valid = cells
-    place = np.minimum(np.searchsorted(own, frames), max(len(own) - 1, 0))
-    there = own[place] == frames if len(own) else np.zeros(len(frames), bool)
     if not len(own):
-        return np.zeros((len(frames), *values.shape[1:]), np.float32), there
+        return np.zeros((len(frames), *values.shape[1:]), np.float32), np.zeros(len(frames), bool)
+    place = np.minimum(np.searchsorted(own, frames), len(own) - 1)
+    there = own[place] == frames
     return np.where(there.reshape(-1, *[1] * (values.ndim - 1)), values[place], 0), there & valid[place]
 
 
@@ -342,19 +346,13 @@ def read_tracked(reading: Reading, path: str, frames: np.ndarray, images: Iterab
 
 def _write_tracked(path: Path, frames: np.ndarray, cells: Cells) -> None:
     """Write a struct array with an entry for each frame from 1 to the last of ``frames`` (increasing)."""
-    import io
-
-    from scipy.io import savemat
-
     entries = np.zeros((1, int(frames[-1])), [("pred", object), ("pose", object)])
     entries["pred"].fill(np.zeros((0, 0)))
     entries["pose"].fill(np.zeros((0, 0)))
     for frame, points, valid in zip(frames.tolist(), *cells, strict=True):
         if valid:
             entries["pred"][0, frame - 1] = points.reshape(49, 2).astype(np.float64)
-    stream = io.BytesIO()
-    savemat(stream, {"fit": entries}, do_compression=True)
-    write_bytes(path, stream.getvalue())
+    write_bytes(path, encode_matrices({"fit": entries}))
 
 
 # ------------------------------------------------------------------------------------ people and built-in faces

@@ -37,14 +37,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat, savemat
+from scipy.io import loadmat
 
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
-from affect.data.layouts.common import Dressed, Reading, box_around, number_of, write_image, write_lines
+from affect.data.layouts.common import (
+    Dressed,
+    Reading,
+    box_around,
+    encode_matrices,
+    number_of,
+    write_bytes,
+    write_image,
+    write_lines,
+)
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
-from affect.files import replacing
 
 __all__ = ["dress", "expected", "read", "write"]
 
@@ -264,8 +272,8 @@ def _write_boxes(table: FaceTable, root: Path, names: np.ndarray, collections: n
                 "bb_detector": squares[row].astype(np.float64)[None] + 1,
                 "bb_ground_truth": tight[row].astype(np.float64)[None] + 1,
             }
-        with replacing(root / _BOX_FOLDER / f"bounding_boxes_{collection.replace('/', '_')}.mat") as part:
-            savemat(part, {"bounding_boxes": cells})
+        name = f"bounding_boxes_{collection.replace('/', '_')}.mat"
+        write_bytes(root / _BOX_FOLDER / name, encode_matrices({"bounding_boxes": cells}))
 
 
 _PATTERN = (
