@@ -245,6 +245,7 @@ class TestIntensity:
             (["37,0", "38,-1"], r"line 2: expected an intensity"),
             (["37,0", "38"], r"line 2: 1 fields, expected 2"),
             (["37,0", "37,0"], r"line 2: expected a frame number above"),
+            ([], r"F001_T1_AU06\.csv: the file is empty"),
             (["37,1.5"], r"line 1: expected a whole number, found '1\.5'"),
             (["frame,intensity", "37,1"], r"line 1: expected a whole number, found 'frame'"),
         ],
@@ -349,6 +350,14 @@ class TestBadFiles:
         with pytest.raises(DataError, match=message) as caught:
             bp4d.read(tree)
         assert "\n" not in str(caught.value)
+
+    def test_a_header_alone_is_counted(self, tree):
+        put(tree / "AUCoding/AU_OCC/F001_T1.csv", [header()])
+        put_mat(tree / "2DFeatures/F001_T1.mat", [constant(1)] * 8)
+        table = bp4d.read(tree)
+        assert len(table) == 29
+        reason = "label files without a coded frame"
+        assert table.metadata["skipped_examples"][reason] == ["AUCoding/AU_OCC/F001_T1.csv"]
 
     def test_people_of_another_set(self, tree):
         put(tree / "AUCoding/AU_OCC/F024_T1.csv", [header(), line(1)])
