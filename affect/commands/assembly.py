@@ -3,21 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+from tqdm import tqdm
 
 from affect.commands.configuration import config_directory
+from affect.commands.prepared import load_prepared, require_croppable
+from affect.commands.run_folder import is_first_process
 from affect.data.datamodule import FaceDataModule
-from affect.data.images import FileImages, Source
+from affect.data.images import NEAR_DUPLICATES, FileImages, ImageReader, Source
+from affect.data.prepare import prepared_images
 from affect.data.protocol import Protocol
 from affect.data.sampling import Sampling
+from affect.data.stored import FOLDER as TABLES
+from affect.data.stored import read_or_stored, stored_path
+from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
-from affect.errors import AffectError, ConfigError
+from affect.errors import AffectError, ConfigError, near
 from affect.geometry import CropRecipe
 from affect.models.base import AffectModule
 from affect.tasks import Task
@@ -54,29 +64,236 @@ def translated(error: BaseException, what: str) -> AffectError:
 # -------------------------------------------------------------------------------------------------- sources
 
 
-def build_sources(config: DictConfig, recipe: CropRecipe | None) -> list[Source]:
-    """Return the source of ``dataset``, or those of ``dataset.sources`` in their order, cropped by ``recipe``."""
-    nodes = config.dataset.get("sources")
-    listed = list(nodes.values()) if nodes else [config.dataset]
-    return [_build_source(node, recipe) for node in listed]
+def build_sources(
+    config: DictConfig, recipe: CropRecipe | None, hold_out: bool | None = None, fresh: bool = False
+) -> list[Source]:
+    """Return the source of ``dataset``, or those of ``dataset.sources`` in their order.
+
+    Args:
+        config: Nodes ``dataset``, ``protocol`` and ``paths``.
+        recipe: How faces are cropped; a source with a node ``prepare`` is cropped by that.
+        hold_out: Whether validation groups will be held out of training, for which near-duplicates are looked for
+            where a dataset wants them kept together; None finds out by the protocol of a training.
+        fresh: Read label files also where a stored table could be used.
+
+    Raises:
+        ConfigError: If two sources have one name, or a root is no folder.
+    """
+    listed = source_nodes(config)
+    for name, keys in _by_name(listed).items():
+        if len(keys) > 1:
+            raise ConfigError(
+                f"dataset.sources: {' and '.join(keys)} are both named {name}, and results and sampling ratios go by "
+                f"the name; set dataset.sources.{keys[-1]}.name={name}2"
+            )
+    _, protocols = build_protocols(config)
+    cache, prepared = _folder(config, "cache"), _folder(config, "prepared")
+    sources = []
+    for key, node in listed.items():
+        protocol = protocols[key]
+        held = _holds_out(config, protocol) if hold_out is None else hold_out
+        own = make(node.get("prepare"), f"dataset.sources.{key}.prepare")
+        chosen = own if own is not None else recipe
+        sources.append(_build_source(node, _load(node, chosen, cache, prepared, fresh), cache, held))
+    return sources
 
 
-def _build_source(node: DictConfig, recipe: CropRecipe | None) -> Source:
-    name = str(node.get("name", "dataset"))
-    root = node.get("root")
+def source_nodes(config: DictConfig) -> dict[str, DictConfig]:
+    """Return the nodes of ``dataset.sources`` by key, or that of ``dataset`` alone under its name.
+
+    Raises:
+        ConfigError: If ``dataset=concat`` has no source, or a source is no dataset.
+    """
+    if "sources" not in config.dataset:
+        return {str(config.dataset.get("name", "dataset")): config.dataset}
+    nodes = config.dataset.sources or {}
+    if not nodes:
+        raise ConfigError(
+            "dataset=concat has no tables; write dataset=[bp4d,affwild2], or '+dataset@dataset.sources.bp4d=bp4d' …"
+        )
+    for key, node in nodes.items():
+        if not isinstance(node, DictConfig) or not node.get("read"):
+            raise ConfigError(f"dataset.sources.{key} is no dataset; write '+dataset@dataset.sources.{key}=<dataset>'")
+    return {str(key): node for key, node in nodes.items()}
+
+
+def _by_name(nodes: Mapping[str, DictConfig]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, node in nodes.items():
+        found.setdefault(str(node.get("name", "dataset")), []).append(key)
+    return found
+
+
+def build_protocols(config: DictConfig) -> tuple[Protocol, dict[str, Protocol]]:
+    """Return the protocol of the run, and that of each source by its key in ``dataset.sources``.
+
+    A source's own node ``protocol`` may be a whole one or a few keys; what it does not hold is that of the run.
+
+    Raises:
+        ConfigError: If a key is unknown.
+    """
+    run = OmegaConf.to_container(config.protocol, resolve=True) if config.get("protocol") else {}
+    assert isinstance(run, dict)
+    selection = config.get("selection", "best_val")
+    whole = _protocol(run, selection, "protocol")
+    found = {}
+    for key, node in source_nodes(config).items():
+        own = OmegaConf.to_container(node.protocol, resolve=True) if node.get("protocol") else None
+        place = f"dataset.sources.{key}.protocol"
+        found[key] = whole if own is None else _protocol({**run, **own}, selection, place)  # type: ignore[dict-item]
+    return whole, found
+
+
+def _protocol(node: Mapping[Any, Any], selection: str, place: str) -> Protocol:
+    known = {item.name for item in dataclasses.fields(Protocol)} - {"selection"}
+    for key in node:
+        if key not in known:
+            raise ConfigError(f"{place} has no key {key!r}; {near(str(key), known)}")
+    return Protocol(**node, selection=selection)
+
+
+def _holds_out(config: DictConfig, protocol: Protocol) -> bool:
+    """Return whether a training holds validation groups out, as far as the protocol alone can tell."""
+    if "selection" not in config or protocol.selection in ("refit", "best_on_test") or protocol.test == "all":
+        return False
+    return protocol.validation is None and protocol.validation_fraction > 0
+
+
+def _folder(config: DictConfig, key: str) -> Path | None:
+    given = (config.get("paths") or {}).get(key)
+    return Path(given).expanduser() if given else None
+
+
+def _build_source(node: DictConfig, loaded: Loaded, cache: Path | None, held: bool) -> Source:
+    table, together = loaded.table, node.get("together")
+    if together == NEAR_DUPLICATES and held and NEAR_DUPLICATES not in table.names:
+        table = with_near_duplicates(table, loaded.images, str(node.get("name", "dataset")), cache)
+    return Source(
+        name=str(node.get("name", "dataset")),
+        table=table,
+        images=loaded.images,
+        group=loaded.group(str(node.get("group") or "image")),
+        recipe=loaded.recipe,
+        skipped=dict(table.metadata.get("skipped") or {}),  # type: ignore[arg-type]
+        notes=tuple(table.metadata.get("notes") or ()),  # type: ignore[arg-type]
+        together=together,
+        stratify=node.get("stratify"),
+        prepared=loaded.prepared,
+    )
+
+
+class Loaded(NamedTuple):
+    """A dataset's table with its images.
+
+    Attributes:
+        table: Labels.
+        images: Reader of the rows' images.
+        recipe: How faces are cropped from ``images``.
+        prepared: Where these are stored crops, the recipe from the photographs to the model's input.
+    """
+
+    table: FaceTable
+    images: ImageReader
+    recipe: CropRecipe | None
+    prepared: CropRecipe | None = None
+
+    def group(self, column: str) -> str:
+        """Return the column to split by: faces of one photograph stay together, also as crops of their own."""
+        return "source_image" if column == "image" and self.prepared is not None else column
+
+
+def _load(
+    node: DictConfig, recipe: CropRecipe | None, cache: Path | None, prepared: Path | None, fresh: bool
+) -> Loaded:
+    """Return table and images of a dataset: photographs that are cropped while loading, or stored crops.
+
+    Crops that are missing stop the run with the command that makes them; so does a recipe that the dataset cannot have.
+    """
+    if recipe is not None and recipe.stored:
+        stored = load_prepared(node, recipe, prepared)
+        return Loaded(stored, prepared_images(stored), recipe.loading(), recipe)
+    table = read_table(node, cache, fresh)
+    require_croppable(node, table, recipe)
+    return Loaded(table, build_images(node, table), recipe)
+
+
+def read_table(node: DictConfig, cache: Path | None = None, fresh: bool = False) -> FaceTable:
+    """Return the table of a dataset's node: read, or mapped from ``<cache>/tables`` while its files are as they were.
+
+    Args:
+        node: A dataset with the nodes ``name``, ``root`` and ``read``.
+        cache: Folder of things that can be made again; None stores nothing.
+        fresh: Read also where a stored table could be used, and store it anew.
+
+    Raises:
+        AffectError: If the root is no folder, or the files cannot be read.
+    """
+    name, root = str(node.get("name", "dataset")), node.get("root")
     if root is not None and not Path(root).expanduser().is_dir():
         raise ConfigError(f"dataset.root={root}: no such folder")
-    table = make(node.read, f"dataset {name}")
-    images = make(node.get("images"), f"dataset {name}.images")
-    return Source(
-        name=name,
-        table=table,
-        images=images if images is not None else FileImages(table, table.root),
-        group=str(node.get("group") or "image"),
-        recipe=recipe,
-        skipped=dict(table.metadata.get("skipped", {})),
-        notes=tuple(table.metadata.get("notes", ())),
-    )
+    where = f"dataset {name}"
+    path = None
+    if cache is not None:
+        arguments = OmegaConf.to_container(node.read, resolve=True)
+        assert isinstance(arguments, dict)
+        path = stored_path(cache / TABLES, name, _located(arguments), _callee(node.read, where))
+    console = Console(quiet=not is_first_process())
+    say = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
+    return read_or_stored(path, name, lambda: make(node.read, where), say, fresh)
+
+
+def _located(arguments: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return arguments in which paths of this file system are absolute: a relative one is another from elsewhere."""
+    return {
+        str(key): str(Path(value).expanduser().absolute())
+        if isinstance(value, str) and key != "_target_" and Path(value).expanduser().exists()
+        else value
+        for key, value in arguments.items()
+    }
+
+
+def build_images(node: DictConfig, table: FaceTable) -> ImageReader:
+    """Return the reader of a dataset's images: that of its node ``images``, which is given the table if it takes one.
+
+    Without such a node images are the files that the table names.
+    """
+    if not node.get("images"):
+        return FileImages(table, table.root)
+    where = f"dataset {node.get('name', 'dataset')}.images"
+    takes = inspect.signature(_callee(node.images, where)).parameters
+    return make(node.images, where, **({"table": table} if "table" in takes and "table" not in node.images else {}))
+
+
+def _callee(node: DictConfig, what: str) -> Callable[..., Any]:
+    """Return the function or class that a node names."""
+    target = node.get("_target_")
+    try:
+        return get_object(str(target))
+    except (ImportError, ValueError, AttributeError) as error:
+        raise translated(error, what) from error
+
+
+def with_near_duplicates(table: FaceTable, images: ImageReader, name: str, cache: Path | None) -> FaceTable:
+    """Return the table with the column ``near_duplicates``: rows with one value show almost the same image.
+
+    The table with the column is stored beside the one without, so that no process holds a copy of it.
+    """
+    from affect.data.duplicates import near_duplicate_groups
+
+    folder = None if cache is None else cache / TABLES
+    path = None if folder is None else folder / f"{name}-{table.fingerprint}-duplicates.arrow"
+    if path is not None and path.is_file():
+        stored = FaceTable.open(path)
+        if len(stored) == len(table) and stored.root.absolute() == table.root.absolute():
+            return stored
+    with tqdm(total=len(table), desc=f"{name}: near-duplicates", unit="image", disable=not is_first_process()) as bar:
+        groups = near_duplicate_groups(images, len(table), folder, bar.update)
+    # Text, as every column that rows are grouped by.
+    found = table.with_columns({NEAR_DUPLICATES: groups.astype(str).astype(object)})
+    try:
+        return found if path is None else found.save(path)
+    except OSError:  # A cache that cannot be written to costs time only.
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------- tasks
@@ -136,9 +353,8 @@ def build_datamodule(
     schemes: tuple[str, ...] = (),
 ) -> FaceDataModule:
     """Return the data module of a run, set up: tasks bound, labels checked, parts assigned, statistics taken."""
-    protocol = Protocol(
-        **OmegaConf.to_container(config.protocol, resolve=True), selection=config.get("selection", "best_val")
-    )
+    protocol, own = build_protocols(config)
+    names = {key: str(node.get("name", "dataset")) for key, node in source_nodes(config).items()}
     train = OmegaConf.to_container(config.transform.train, resolve=True) if config.get("transform") else None
     plain = FaceTransform(size=image_size)
     transform = FaceTransform(size=image_size, **train) if train is not None else plain
@@ -154,6 +370,7 @@ def build_datamodule(
         schemes=schemes,
         seed=config.get("seed", 0),
         limit=config.data.get("limit"),
+        protocols={names[key]: found for key, found in own.items() if found is not protocol},
     )
 
 

@@ -25,6 +25,8 @@ PATH_KEYS = (
     "checkpoint",
     "dataset.labels",
     "dataset.root",
+    "dataset.sources.*.root",
+    "dataset.sources.*.table",
     "dataset.table",
     "encoder.weights",
     "init",
@@ -115,7 +117,8 @@ def quote_paths(overrides: Iterable[str]) -> list[str]:
 
 def is_path_key(key: str) -> bool:
     """Return whether ``key`` holds one path."""
-    return any(key == known or (known.endswith(".*") and key.startswith(known[:-1])) for known in PATH_KEYS)
+    patterns = (re.escape(known).replace(r"\*", ".+" if known.endswith("*") else r"[^.]+") for known in PATH_KEYS)
+    return any(re.fullmatch(pattern, key) for pattern in patterns)
 
 
 def _quote_path(override: str) -> str:
@@ -127,6 +130,95 @@ def _quote_path(override: str) -> str:
     if value == "~" or value.startswith("~/"):
         value = str(Path(value).expanduser())
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+_TABLES = re.compile(r"dataset=\[([^\[\]]*)\]")
+_SOURCE = re.compile(r"\+dataset@dataset\.sources\.(\w+)=([\w./-]+)")
+_BROUGHT = ("protocol", "prepare")
+"""Groups that a dataset chooses from for itself."""
+
+
+def expand_sources(hydra: Hydra, command: str, overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which a training on several tables is spelled out as Hydra composes it.
+
+    ``dataset=[a,b]`` becomes ``dataset=concat`` with the sources ``a`` and ``b``. Each source
+    (``+dataset@dataset.sources.a=a``) brings the protocol and the crop that its dataset chooses when it is used alone,
+    as nodes of its own, so that none of them decides for the others. A protocol or crop that the command line chooses
+    (``protocol=…``) is that of all sources, and so is a key of theirs (``protocol.split_seed=1``), unless the line says
+    otherwise for one source.
+
+    A command that takes its dataset from a run (``affect evaluate``) has no node for it: ``dataset.root=…`` alone
+    becomes ``+dataset.root=…``, which changes what the run had.
+
+    Args:
+        hydra: On the search path.
+        command: Name of the command.
+        overrides: Those of the command line, quoted.
+
+    Raises:
+        ConfigError: If ``dataset=[…]`` names a table twice.
+    """
+    line: list[str] = []
+    for override in _of_the_run(hydra, command, overrides):
+        line += _spelled_out(override) if _TABLES.fullmatch(override) else [override]
+    sources = {match[1]: match[2] for match in map(_SOURCE.fullmatch, line) if match}
+    if not sources:
+        return line
+    given = {_key(override) for override in line}
+    known = _groups_or_none(hydra, command)
+    choices = {dataset: _choices_or_none(hydra, command, [f"dataset={dataset}"]) for dataset in set(sources.values())}
+    for group in (group for group in _BROUGHT if group in known):
+        keys = [override for override in line if _key(override).startswith(f"{group}.")]
+        brought = {}
+        for name, dataset in sources.items():
+            own = f"{group}@dataset.sources.{name}.{group}"
+            if group not in given and own not in given:
+                brought[name] = next(iter(choices[dataset].get(group, ())), None)
+                line += [f"+{own}={brought[name]}"] if brought[name] else []
+            if own in given or brought.get(name):
+                for key, value in (override.lstrip("+").split("=", 1) for override in keys):
+                    place = f"dataset.sources.{name}.{key}"
+                    line += [f"++{place}={value}"] if place not in given else []
+        chosen = set(brought.values()) - {None}
+        if chosen:
+            # For whatever is one for the whole run: names, thresholds, what a release says of its crops.
+            common = chosen.pop() if len(chosen) == 1 else next(filter(None, brought.values()))
+            line.append(f"{group}={common if group == 'prepare' or len(set(brought.values())) == 1 else 'default'}")
+    return line
+
+
+def _of_the_run(hydra: Hydra, command: str, overrides: Sequence[str]) -> list[str]:
+    given = {_key(override) for override in overrides}
+    partial = {group for group in ("dataset", "protocol") if any(key.startswith(f"{group}.") for key in given)} - given
+    # Whoever chooses a dataset chooses a protocol with it.
+    partial -= {"protocol"} if "dataset" in given else set()
+    if not partial:
+        return list(overrides)
+    chosen = _choices_or_none(hydra, command, overrides)
+    added = tuple(f"{group}." for group in partial if chosen.get(group) == [])
+    return [f"+{override}" if added and override.startswith(added) else override for override in overrides]
+
+
+def _spelled_out(override: str) -> list[str]:
+    match = _TABLES.fullmatch(override)
+    names = [name.strip() for name in match[1].split(",") if name.strip()] if match else []
+    if not names:
+        raise ConfigError(f"{override}: name the tables, e.g. dataset=[bp4d,affwild2]")
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        once = ",".join(dict.fromkeys(names))
+        raise ConfigError(
+            f"{override}: {doubled} twice; give the second one a name of its own: dataset=[{once}] "
+            f"'+dataset@dataset.sources.{doubled}2={doubled}' dataset.sources.{doubled}2.name={doubled}2"
+        )
+    sources = [f"+dataset@dataset.sources.{_source_key(name)}={name}" for name in names]
+    return ["dataset=concat", f"dataset.name={'+'.join(names)}", *sources]
+
+
+def _source_key(dataset: str) -> str:
+    """Return the key of a dataset among several: its name, behind ``set`` where a key may not begin like it."""
+    name = dataset.rpartition("/")[2]
+    return f"set{name}" if name[0].isdigit() else name
 
 
 def _is_quoted_or_choice(override: str) -> bool:
@@ -173,6 +265,16 @@ def sweep_job() -> tuple[Path, int] | None:
     return Path(hydra.runtime.cwd) / str(hydra.sweep.dir) / str(hydra.sweep.subdir), int(hydra.job.num)
 
 
+def is_given(group: str) -> bool:
+    """Return whether the command line chooses an option of ``group`` or one of its keys; True outside of a command."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return True
+    keys = (_key(str(override)) for override in HydraConfig.get().overrides.task)
+    return any(key == group or key.startswith(f"{group}.") for key in keys)
+
+
 # ---------------------------------------------------------------------------------------------- composition
 
 
@@ -216,6 +318,7 @@ def compose(command: str, overrides: Sequence[str] = (), config_dir: Path | None
 
     quoted = quote_paths(overrides)
     with open_hydra(command, config_dir) as hydra:
+        quoted = expand_sources(hydra, command, quoted)
         try:
             config = hydra.compose_config(command, quoted, run_mode=RunMode.RUN)
         except Exception as error:
@@ -458,10 +561,14 @@ def _explain_unknown_key(key: str, hydra: Hydra, command: str, overrides: Sequen
 
 
 def _groups_or_none(hydra: Hydra, command: str) -> list[str]:
+    return list(_choices_or_none(hydra, command))
+
+
+def _choices_or_none(hydra: Hydra, command: str, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
     try:
-        return list(command_groups(hydra, command))
+        return command_groups(hydra, command, _choices_of_groups(hydra, overrides))
     except Exception:
-        return []
+        return {}
 
 
 def plain_config(hydra: Hydra, command: str, overrides: Sequence[str]) -> dict:

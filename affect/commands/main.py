@@ -159,9 +159,11 @@ COMMANDS = (
     ),
     Command(
         "synthesize",
-        "Write the built-in faces as image files with a table and a contact sheet.",
+        "Write the built-in faces as image files, with a table or in the layout of a real dataset.",
         (
             ("out", "folder to write"),
+            ("layout", "dataset whose tree is written, e.g. bp4d; without it: faces.parquet and a contact sheet"),
+            ("options", "with layout: settings of that dataset, e.g. options={box: detector}"),
             ("dataset.count", "number of faces"),
             ("dataset.seed", "which faces"),
             ("dataset.dials.image_size", "side of an image in pixels"),
@@ -169,7 +171,7 @@ COMMANDS = (
         (
             "synthesize out=faces dataset.count=100",
             "synthesize out=large dataset.count=25 dataset.dials.image_size=256",
-            "synthesize out=other dataset.seed=7 sheet=true",
+            "synthesize layout=bp4d out=drawn_bp4d dataset.count=600 dataset.dials.subjects=12",
         ),
     ),
     Command(
@@ -342,6 +344,7 @@ def _say(name: str, line: str, kind: str = "error: ") -> None:
 def _run_command(command: Command, line: Line) -> int:
     modules = (str(import_folder(line.config_dir)),) if line.config_dir is not None else ()
     with configuration.open_hydra(command.name, line.config_dir) as hydra, import_path(modules):
+        line.overrides = configuration.expand_sources(hydra, command.name, line.overrides)
         if line.help:
             print(command_help(command, hydra, line.overrides))
             return 0

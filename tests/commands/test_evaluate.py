@@ -15,12 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from affect.commands import evaluate
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, ConfigError
+from affect.geometry import CropRecipe
 from affect.release import read_release
 from affect.tasks import Expression
 from tests.commands.test_predict import release  # noqa: F401 - a fixture
 
 Compose = Callable[..., DictConfig]
-SETTINGS = ("data.num_workers=0", "bootstrap.resamples=20", "prepare=similarity", "protocol=default")
+SETTINGS = ("data.num_workers=0", "bootstrap.resamples=20", "protocol=default")
 
 
 @pytest.fixture
@@ -99,14 +100,67 @@ def test_the_command_line_wins_over_the_run(compose: Compose, plain_release: Pat
     loaded = read_release(plain_release)
     stored = evaluate.data_settings(compose("evaluate", f"checkpoint={plain_release}"), loaded, [])
     assert (stored.data.limit, stored.protocol.test, stored.protocol.f1_empty) == (8, None, 0.5)
-    overrides = ("data.limit=3", "+protocol.test=2")
+    lifted = evaluate.data_settings(compose("evaluate", f"checkpoint={plain_release}", "data.limit=all"), loaded, [])
+    assert lifted.data.limit is None
+    overrides = ("data.limit=3", "protocol.test=2")
     given = evaluate.data_settings(compose("evaluate", f"checkpoint={plain_release}", *overrides), loaded, [])
     assert (given.data.limit, given.protocol.test, given.protocol.f1_empty) == (3, 2, 0.5)
-    part = compose("evaluate", f"checkpoint={plain_release}", "+dataset.root=here")
-    with pytest.raises(ConfigError, match=r"dataset.root: name the dataset too \(dataset=<name>\)"):
-        evaluate.data_settings(part, loaded, [])
-    with pytest.raises(ConfigError, match=r"no dataset is chosen here; choose one too: dataset=<name>"):
-        compose("evaluate", f"checkpoint={plain_release}", "dataset.root=here")
+
+
+def test_a_key_of_the_runs_own_dataset_can_be_given_alone(compose: Compose, plain_release: Path) -> None:
+    read = {"_target_": "affect.data.layouts.table.read", "table": "x.csv", "root": "/old"}
+    store_run(plain_release, root="/old", read=read, group="subject")
+    loaded = read_release(plain_release)
+
+    def settings(*overrides: str) -> DictConfig:
+        return evaluate.data_settings(
+            compose("evaluate", f"checkpoint={plain_release}", *overrides), loaded, []
+        ).dataset
+
+    moved = settings("dataset.root=/new place")
+    assert (moved.root, moved.read.root, moved.read.table, moved.group) == (
+        "/new place",
+        "/new place",
+        "x.csv",
+        "subject",
+    )
+    assert settings("+dataset.root=/new").read.root == "/new"
+    with pytest.raises(ConfigError, match=r"dataset has no key 'rot'; did you mean root"):
+        settings("dataset.rot=/new")
+    # One of several tables, whose neighbour stays.
+    both = {"one": {"root": "/old", "read": read}, "two": {"root": "/old", "read": read}}
+    store_run(plain_release, read=None, sources=both)
+    moved = settings("dataset.sources.one.root=/new").sources
+    assert (moved.one.read.root, moved.two.read.root) == ("/new", "/old")
+    (plain_release / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="is a release without its run: name a dataset"):
+        settings("dataset.root=/new")
+
+
+def test_photographs_are_cropped_as_the_checkpoints_were_and_delivered_crops_as_delivered(
+    compose: Compose,
+    release: Path,  # noqa: F811
+) -> None:
+    loaded = read_release(release)
+    trained = CropRecipe.read(loaded.preprocess["recipe"])
+
+    def crops(given: bool, cropped: bool, *overrides: str) -> tuple[CropRecipe | None, list[str]]:
+        line = ("dataset=table", "dataset.table=x.csv", "protocol=default", *overrides)
+        settings = evaluate.data_settings(compose("evaluate", f"checkpoint={release}", *line), loaded, [])
+        settings.dataset.cropped = cropped
+        return evaluate.crop_recipe(settings, loaded, None, given)
+
+    assert crops(False, False) == (trained, [])
+    assert crops(False, False, "prepare=box") == (trained, [])
+    recipe, notes = crops(False, True, "prepare=none")
+    assert (recipe.kind, recipe.size) == ("none", trained.size)
+    assert len(notes) == 1
+    assert f"kind none, not {trained.kind}" in notes[0]
+    assert "margin 0.0, not" in notes[0]
+    recipe, notes = crops(True, False, "prepare=box")
+    assert recipe.kind == "box"
+    assert notes
+    assert crops(True, False, f"prepare={trained.kind}", f"prepare.margin={trained.margin}")[1] == []
 
 
 def test_a_run_folder_of_a_stranger_runs_nothing(compose: Compose, plain_release: Path, tmp_path: Path) -> None:
