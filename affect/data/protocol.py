@@ -476,11 +476,11 @@ def _hold_out(drafts: Sequence[_Draft]) -> None:
 
 
 def _split_notes(draft: _Draft) -> tuple[str, ...]:
-    """Return what readers of results have to know of groups that are single images."""
+    """Return what readers of results have to know of groups that are no people."""
     source = draft.source
-    if draft.column != "image":
+    if draft.column == "subject":
         return ()
-    said = ["validation is split by image"]
+    said = [f"validation is split by {draft.column}"]
     if source.stratify is not None:
         said.append(f"stratified by {source.stratify}")
     if source.together is not None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -14,9 +16,13 @@ from affect.data.protocol import (
     assign,
     divide,
     group_codes,
+    keep_classes,
+    known_people,
+    people_of,
     require_parts,
     split_groups,
     spread,
+    together,
 )
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
@@ -247,3 +253,277 @@ def test_spread_keeps_every_source_and_order():
     assert all(np.isin(a, b).all() and (np.diff(a) > 0).all() for a, b in zip(some, rows, strict=True))
     assert [len(part) for part in spread(rows, 1)] == [1, 0]
     assert spread(rows, 1000)[1].tolist() == list(range(10))
+
+
+# --------------------------------------------------------------------------------- lists of parts, kept rows
+
+
+def test_test_parts_may_be_a_list():
+    names = np.array(["train", "Common", "challenge", "private"] * 15, dtype=object)
+    data = source(60, 60, part=names, subject=[f"p{k}" for k in range(60)])
+    protocol = Protocol(test=["common", "challenge"], train=["train"])
+    assert set(names[assign(data, protocol)["test"]]) == {"Common", "challenge"}
+    assert len(assign(data, protocol)["test"]) == 30, "one set, not two"
+    assert set(names[assign(data, Protocol(test="challenge"))["test"]]) == {"challenge"}
+    unused = divide([data], [protocol])[0].unused
+    assert set(names[unused[UNUSED_PART]]) == {"private"}
+    assert protocol.test_name == "common+challenge"
+
+
+def test_half_of_a_list_is_no_test_part():
+    data = source(60, 60, part=["train", "common"] * 30, subject=[f"p{k}" for k in range(60)])
+    with pytest.raises(DataError, match=r"sample: no row has part=challenge; known: common, train"):
+        assign(data, Protocol(test=["common", "challenge"]))
+    with pytest.raises(ConfigError, match=r"protocol.test=\[\]: name at least one part"):
+        Protocol(test=[])
+
+
+def test_a_source_that_only_trains_leaves_its_test_part_out():
+    names = np.array(["train", "test"] * 30, dtype=object)
+    data = source(60, 12, part=names)
+    rows = assign(data, Protocol(test="test", train_only=True))
+    assert len(rows["test"]) == 0
+    assert set(names[np.concatenate([rows["train"], rows["validation"]])]) == {"train"}
+    for test in ("P3", 2, "all", None):
+        rows = assign(source(), Protocol(test=test, train_only=True))
+        assert len(rows["test"]) == 0
+        assert len(rows["train"]) + len(rows["validation"]) == 60, "without official parts everything trains"
+
+
+def test_kept_rows_are_those_with_the_values_and_others_are_counted():
+    data = source(60, 12)
+    kinds, valid = data.table.strings("expression")
+    protocol = Protocol(test=0, keep={"expression": ["neutral", "happiness"]})
+    division = divide([data], [protocol])[0]
+    used = np.concatenate(list(division.rows.values()))
+    assert sorted(used) == np.flatnonzero(valid & np.isin(kinds, ["neutral", "happiness"])).tolist()
+    (reason, left) = next(iter(division.unused.items()))
+    assert reason == "expression is none of neutral, happiness (protocol.keep)"
+    assert len(left) == 60 - len(used)
+    assert set(assign(data, Protocol(test=0, keep={"camera": [1]}))["test"] % 2) == {1}, "numbers compare as numbers"
+
+
+def test_kept_rows_need_a_column_and_a_value_that_exists():
+    with pytest.raises(DataError, match=r"protocol.keep: no column expresion; did you mean expression"):
+        assign(source(), Protocol(test=0, keep={"expresion": ["neutral"]}))
+    with pytest.raises(DataError, match=r"protocol.keep.expression: no row has neutrl; did you mean neutral"):
+        assign(source(), Protocol(test=0, keep={"expression": ["neutrl"]}))
+    with pytest.raises(ConfigError, match=r"protocol.keep.expression=neutral: give the list of values"):
+        Protocol(keep={"expression": "neutral"})
+
+
+def test_a_class_whose_rows_are_left_out_is_no_class_of_the_source():
+    data = source()
+    kept = keep_classes(data, Protocol(keep={"expression": ["neutral", "sadness"]}))
+    assert kept.table.expressions == ("neutral", "sadness")
+    assert keep_classes(data, Protocol()) is data
+
+
+def test_a_mapped_table_keeps_its_classes_in_another_process(tmp_path):
+    data = source()
+    mapped = Source("sample", data.table.save(tmp_path / "table.arrow"), data.images)
+    kept = keep_classes(mapped, Protocol(keep={"expression": ["neutral", "sadness"]})).table
+    received = pickle.loads(pickle.dumps(kept))
+    assert received.expressions == ("neutral", "sadness")
+    assert received.path == mapped.table.path, "mapped there, too"
+
+
+# ------------------------------------------------------------------------------------------- missing faces
+
+
+def faces(count=60):
+    """Every fifth face was not found; subjects and parts are independent of that."""
+    return source(
+        count,
+        12,
+        face=[("found", "centre", "found", "neighbour", "found")[k % 5] for k in range(count)],
+        part=["train" if k % 12 < 8 else "test" for k in range(count)],
+    )
+
+
+def missing(rows):
+    return np.isin(rows % 5, (1, 3))
+
+
+def test_missing_faces_fall_back_to_the_crop_that_preparation_made():
+    with_face, without = (assign(data, Protocol()) for data in (faces(), faces()))
+    plain = source(60, 12, part=["train" if k % 12 < 8 else "test" for k in range(60)])
+    for part, rows in assign(plain, Protocol()).items():
+        assert with_face[part].tolist() == without[part].tolist() == rows.tolist()
+    division = divide([faces()], [Protocol()])[0]
+    for part, rows in division.rows.items():
+        assert division.faceless[part].tolist() == rows[missing(rows)].tolist()
+    assert sum(len(rows) for rows in division.faceless.values()) == 24
+
+
+def test_missing_faces_can_be_dropped_from_every_part():
+    division = divide([faces()], [Protocol(missing_faces="drop")])[0]
+    for rows in division.rows.values():
+        assert len(rows)
+        assert not missing(rows).any()
+    assert len(division.unused["no face found (protocol.missing_faces=drop)"]) == 24
+    assert sum(len(rows) for rows in division.faceless.values()) == 24, "still counted by part"
+
+
+def test_missing_faces_as_negatives_are_tested_and_neither_train_nor_select():
+    division = divide([faces()], [Protocol(missing_faces="negative")])[0]
+    assert not missing(division.rows["train"]).any()
+    assert not missing(division.rows["validation"]).any()
+    everything = assign(faces(), Protocol())["test"]
+    assert division.rows["test"].tolist() == everything.tolist()
+    with pytest.raises(ConfigError, match=r"protocol\.missing_faces=ignore"):
+        Protocol(missing_faces="ignore")
+
+
+def test_a_table_that_was_not_prepared_misses_no_face():
+    division = divide([source()], [Protocol(test=0, missing_faces="drop")])[0]
+    assert not division.unused
+    assert sum(len(rows) for rows in division.rows.values()) == 60
+
+
+# -------------------------------------------------------------------------------- image-wise hold-out
+
+
+def images(count=400, **options):
+    """Photographs of nobody known: three classes of 10, 30 and 60 per cent, twins that are near-duplicates."""
+    kinds = np.array(["fear"] * 1 + ["sadness"] * 3 + ["happiness"] * 6, dtype=object)[np.arange(count) // 2 % 10]
+    table = FaceTable.from_columns(
+        {
+            "image": [f"{k:04d}.jpg" for k in range(count)],
+            "expression": kinds.tolist(),
+            "part": ["train" if k < count * 3 // 4 else "test" for k in range(count)],
+            "near_duplicates": [f"{k // 2}" for k in range(count)],
+        },
+        metadata={"dataset": "photographs"},
+    )
+    return Source("photographs", table, samples.DrawnImages(), group="image", **options)
+
+
+def test_held_out_images_are_spread_over_classes_and_twins_stay_together():
+    data = images(stratify="expression", together="near_duplicates")
+    for seed in range(3):
+        division = divide([data], [Protocol(validation_fraction=0.2, split_seed=seed)])[0]
+        held = division.rows["validation"]
+        pairs = np.bincount(held // 2, minlength=200)
+        assert set(pairs.tolist()) <= {0, 2}, "both twins or none"
+        kinds = data.table.strings("expression", held)[0]
+        shares = {name: int((kinds == name).sum()) for name in ("fear", "sadness", "happiness")}
+        assert shares == {"fear": 6, "sadness": 18, "happiness": 36}, "a fifth of each class of 300 images"
+    assert division.notes == (
+        "validation is split by image, stratified by expression, near-duplicates kept together: one person may be in "
+        "training and in validation",
+    )
+
+
+def test_without_strata_and_twins_images_are_held_out_one_by_one():
+    division = divide([images()], [Protocol(validation_fraction=0.2)])[0]
+    assert 1 in np.bincount(division.rows["validation"] // 2)
+    assert division.notes == ("validation is split by image: one person may be in training and in validation",)
+
+
+def test_near_duplicates_that_nobody_looked_for_are_not_claimed():
+    table = FaceTable.from_columns({"image": [f"{k}.jpg" for k in range(40)]})
+    data = Source("photographs", table, samples.DrawnImages(), group="image", together="near_duplicates")
+    assert "near-duplicates not looked for" in divide([data], [Protocol()])[0].notes[0]
+
+
+def test_joined_groups_follow_names_and_chains():
+    table = FaceTable.from_columns(
+        {"image": list("abcdef"), "twin": ["1", "1", None, "2", "2", None], "also": ["x"] * 6},
+    )
+    data = Source("s", table, samples.DrawnImages(), group="image", together="twin")
+    codes, names = group_codes(table, "image")
+    units, called = together(data, codes, names)
+    assert [str(called[unit]) for unit in units] == ["a", "a", "c", "d", "d", "f"]
+    moved = np.array([4, 2, 0, 5, 1, 3])
+    other = Source("s", table.take(moved), samples.DrawnImages(), group="image", together="twin")
+    units, called = together(other, *group_codes(other.table, "image"))
+    assert [str(called[unit]) for unit in units] == ["d", "c", "a", "f", "a", "d"]
+
+
+# -------------------------------------------------------------------------------------------- selection rules
+
+
+def official(*parts):
+    return source(60, 12, part=[parts[k % 12 % len(parts)] for k in range(60)])
+
+
+def test_a_refit_trains_on_what_selected():
+    data = official("train", "train", "test")
+    chosen, final = (assign(data, Protocol(selection=rule)) for rule in ("best_val", "refit"))
+    assert len(chosen["validation"]) > 0
+    assert len(final["validation"]) == 0
+    assert final["train"].tolist() == sorted([*chosen["train"], *chosen["validation"]])
+    assert final["test"].tolist() == chosen["test"].tolist()
+    require_parts([data], [final], Protocol(selection="refit"))
+    data = official("train", "val", "test")
+    protocol = Protocol(selection="refit", validation="val")
+    assert len(assign(data, protocol)["train"]) == 40, "an official validation part, too"
+    require_parts([data], [assign(data, protocol)], protocol)
+
+
+def test_best_on_test_selects_on_the_test_part_and_holds_nothing_out():
+    data = official("train", "val", "test")
+    rows = assign(data, Protocol(selection="best_on_test"))
+    assert rows["validation"].tolist() == rows["test"].tolist()
+    assert len(rows["train"]) == 20, "the official validation part is not trained on"
+    require_parts([data], [rows], Protocol(selection="best_on_test"))
+
+
+# ----------------------------------------------------------------------------------------------- people
+
+
+def person(name, people, parts=None, space="disfa"):
+    columns = {"image": [f"{k}.jpg" for k in range(len(people))], "subject": list(people)}
+    if parts is not None:
+        columns["part"] = list(parts)
+    table = FaceTable.from_columns(columns, metadata={"dataset": name, "people": space})
+    return Source(name, table, samples.DrawnImages())
+
+
+def test_a_person_who_trains_in_one_set_and_is_tested_in_another_is_a_leak():
+    disfa = person("disfa", ["SN001", "SN002", "SN003", "SN004"], ["P1", "P1", "P2", "P3"])
+    plus = person("disfaplus", ["SN001", "SN004", "SN003"])
+    protocols = [Protocol(test="P3"), Protocol(train_only=True)]
+    with pytest.raises(DataError, match=r"1 people of disfa lie in two parts.*in test of disfa.*SN004") as caught:
+        divide([disfa, plus], protocols)
+    assert "protocol.allow_leak=true" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    elsewhere = person("other", ["SN001", "SN004", "SN003"], space="other")
+    assert len(divide([disfa, elsewhere], protocols)) == 2, "the same names elsewhere are other people"
+    allowed = [Protocol(test="P3", allow_leak=True), Protocol(train_only=True, allow_leak=True)]
+    assert "SN004" in divide([disfa, plus], allowed)[0].leaks[0]
+
+
+def test_sets_with_the_same_people_hold_out_the_same_people():
+    people = [f"SN{k:03d}" for k in range(1, 28)]
+    first = person("disfa", people)
+    second = person("disfaplus", people[:9] * 2)
+    for seed in range(5):
+        protocol = Protocol(train_only=True, split_seed=seed)
+        one, other = divide([first, second], [protocol, protocol])
+        trained, held = (
+            [
+                set(data.table.strings("subject", rows[part])[0])
+                for data, rows in zip((first, second), (one.rows, other.rows), strict=True)
+            ]
+            for part in ("train", "validation")
+        )
+        assert not (trained[0] | trained[1]) & (held[0] | held[1])
+        assert len(held[0] | held[1]) == round(0.15 * 27)
+
+
+def test_official_parts_that_share_a_group_may_be_let_pass_and_are_named():
+    data = source(60, 12, part=np.where(np.arange(60) < 30, "train", "test").tolist())
+    division = divide([data], [Protocol(test="test", allow_leak=True)])[0]
+    assert "s00, s01" in division.leaks[0]
+    assert "12 groups lie in two parts" in division.leaks[0]
+
+
+def test_people_that_a_model_knows_are_named():
+    data = person("disfaplus", ["SN001", "SN009"])
+    everyone = [np.arange(2)]
+    assert people_of([data], everyone) == {"disfa": ["SN001", "SN009"]}
+    assert known_people([data], everyone, {"bp4d": ["SN001"]}) == []
+    (sentence,) = known_people([data], everyone, {"disfa": ["SN002", "SN009"]})
+    assert sentence == "the model was trained on 1 people of disfa among these rows: SN009"
