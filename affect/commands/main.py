@@ -105,6 +105,22 @@ COMMANDS = (
         ),
     ),
     Command(
+        "reproduce",
+        "Run a controlled experiment: every arm with every seed, and one table with intervals.",
+        (
+            ("experiment", "controlled/<name>"),
+            ("scale", "quick (does it run), paper (at most 45 minutes on two cores) or full"),
+            ("seeds", "number of seeds; null takes the scale's"),
+            ("arms", "arms to run; null takes the scale's, or all"),
+            ("overrides", "further overrides of every run"),
+            ("out", "folder to write; by default runs/reproduce/<name>/<scale>"),
+        ),
+        (
+            "reproduce experiment=controlled/monet_parity_chain",
+            "reproduce experiment=controlled/monet_parity_chain scale=quick",
+        ),
+    ),
+    Command(
         "predict",
         "Find faces in an image or a folder of images and write a table and annotated copies.",
         (

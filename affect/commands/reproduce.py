@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``affect reproduce``: a controlled experiment, every arm with every seed through ``affect train``, and one table.
+
+An experiment is a configuration of ``affect train`` with a node ``controlled``: the claim and its source, arms as lists
+of overrides, what is measured, and how large it is on which scale. There is no training here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markdown import Markdown
+
+from affect.commands import assembly
+from affect.commands.run_folder import RESULTS, is_first_process
+from affect.errors import ConfigError, near
+from affect.files import replacing
+from affect.report import environment, read_json, write_json
+from affect.report.experiments import Cells, difference, estimate, experiment_markdown
+
+SCALES = ("quick", "paper", "full")
+TABLE, STORED = "table.md", "reproduce.json"
+_KEYS = ("claim", "source", "expected", "arms", "measures", "baseline", "scales", "selection_note")
+
+
+def run(config: DictConfig) -> None:
+    """Train what is missing of the experiment's cells and write its table, numbers and figure."""
+    from affect.commands import train
+
+    console = Console(quiet=not is_first_process())
+    given = [str(override) for override in config.overrides or ()]
+    plan = OmegaConf.to_container(_composed(config.experiment, [], given).controlled, resolve=True)
+    check_plan(config, plan)
+    scale = plan["scales"][config.scale]
+    seeds = range(1, 1 + int(config.seeds or scale["seeds"]))
+    arms = [str(arm) for arm in config.arms or scale.get("arms") or plan["arms"]]
+    name = str(config.experiment).removeprefix("controlled/")
+    out = Path(config.out or Path(config.paths.runs) / "reproduce" / name / config.scale).expanduser()
+    console.print(f"[bold]{name}[/bold]: {plan['claim']} ({plan['source']})\nexpected: {plan['expected']}")
+    console.print(f"{len(arms)} arms × {len(seeds)} seeds, scale {config.scale}: {out}")
+    results: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in arms}
+    # Seed by seed, so that an experiment that is stopped early has whole seeds to compare.
+    for seed in seeds:
+        for arm in arms:
+            folder = out / arm / f"seed{seed}"
+            overrides = [*scale.get("overrides", []), *plan["arms"][arm], *given, f"seed={seed}"]
+            cell = _composed(config.experiment, overrides, [])
+            OmegaConf.set_struct(cell, False)
+            cell.compare, cell.paths.output = {}, str(folder)
+            if not (folder / RESULTS).is_file():
+                console.rule(f"{arm}, seed {seed}")
+            train.train(cell, folder)
+            if is_first_process():
+                results[arm][seed] = read_json(folder / RESULTS)
+    if is_first_process():
+        write_summary(out, config, plan, name, results, console)
+
+
+def _composed(experiment: str, overrides: list[str], further: list[str]) -> DictConfig:
+    """Return the training config of an experiment with overrides."""
+    return compose(config_name="train", overrides=[f"experiment={experiment}", *overrides, *further])
+
+
+def check_plan(config: DictConfig, plan: Any) -> None:  # noqa: ANN401
+    """Refuse an experiment that is no controlled one, and names that it does not have."""
+    if not isinstance(plan, dict) or not plan.get("arms"):
+        raise ConfigError(f"experiment={config.experiment}: no controlled experiment (it has no node `controlled`)")
+    missing = [key for key in ("claim", "source", "expected", "measures", "scales") if not plan.get(key)]
+    if missing:
+        raise ConfigError(f"experiment={config.experiment}: controlled.{missing[0]} is missing")
+    unknown = [key for key in plan if key not in _KEYS]
+    if unknown:
+        raise ConfigError(f"experiment={config.experiment}: controlled.{unknown[0]}: {near(unknown[0], _KEYS)}")
+    if config.scale not in plan["scales"]:
+        raise ConfigError(f"scale={config.scale}: {near(str(config.scale), plan['scales'])}")
+    for arm in config.arms or ():
+        if arm not in plan["arms"]:
+            raise ConfigError(f"arms: no arm {arm!r}; {near(str(arm), plan['arms'])}")
+    if plan.get("baseline") and plan["baseline"] not in plan["arms"]:
+        raise ConfigError(f"controlled.baseline: no arm {plan['baseline']!r}; {near(plan['baseline'], plan['arms'])}")
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | None:  # noqa: ANN401
+    """Return a number of a run.
+
+    Args:
+        results: Contents of its ``results.json``.
+        measure: ``{part, task, name}`` of a metric, ``{finding: a/b/c}`` of what a model tells of itself, or a node
+            whose ``_target_`` is a function of the results.
+        label: Its name, for messages.
+
+    Raises:
+        ConfigError: If the run has no such number.
+    """
+    if "_target_" in measure:
+        value = assembly.make(OmegaConf.create(measure), f"controlled.measures.{label}", _partial_=True)(dict(results))
+        return None if value is None else float(value)
+    if "finding" in measure:
+        node: Any = results.get("findings", {})
+        for key in str(measure["finding"]).split("/"):
+            if not isinstance(node, Mapping) or key not in node:
+                options = node if isinstance(node, Mapping) else ()
+                raise ConfigError(f"controlled.measures.{label}: no finding {key!r}; {near(key, options)}")
+            node = node[key]
+        return float(node)
+    part, task, name = str(measure.get("part", "test")), measure.get("task"), measure.get("name")
+    records = [r for r in results["metrics"].get(part, []) if not r.get("subgroup")]
+    for record in records:
+        if record["name"] == name and record["task"] == task:
+            return None if record["value"] is None else float(record["value"])
+    known = {f"{record['task']} {record['name']}" for record in records}
+    raise ConfigError(f"controlled.measures.{label}: no metric {task} {name}; {near(f'{task} {name}', known)}")
+
+
+def write_summary(
+    out: Path,
+    config: DictConfig,
+    plan: Mapping[str, Any],
+    name: str,
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    console: Console,
+) -> None:
+    """Write ``table.md``, ``reproduce.json`` and the figure of an experiment, and print the table."""
+    from affect.report.figures import save
+    from affect.report.figures.experiments import experiment_figure
+
+    measures: dict[str, Cells] = {
+        str(label): {arm: {s: measured(r, measure, label) for s, r in runs.items()} for arm, runs in results.items()}
+        for label, measure in plan["measures"].items()
+    }
+    baseline = plan.get("baseline") if plan.get("baseline") in results else None
+    table = experiment_markdown(measures, baseline)
+    command = f"affect reproduce experiment={config.experiment} scale={config.scale}"
+    if config.seeds:
+        command += f" seeds={config.seeds}"
+    text = (
+        f"# {name}\n\nClaim: {plan['claim']} ({plan['source']})\n\nExpected: {plan['expected']}\n\n{table}\n"
+        f"    {command}\n"
+    )
+    with replacing(out / TABLE) as part:
+        part.write_text(text, encoding="utf-8")
+    stored = {
+        "experiment": config.experiment,
+        "claim": plan["claim"],
+        "source": plan["source"],
+        "expected": plan["expected"],
+        "scale": config.scale,
+        "command": command,
+        "baseline": baseline,
+        "arms": {arm: list(plan["arms"][arm]) for arm in results},
+        "measures": {
+            label: {
+                arm: {
+                    "values": {str(seed): value for seed, value in cells[arm].items()},
+                    "estimate": estimate(list(cells[arm].values()))._asdict(),
+                    "difference": difference(cells, arm, baseline)._asdict() if baseline else None,
+                }
+                for arm in cells
+            }
+            for label, cells in measures.items()
+        },
+        "environment": environment(),
+    }
+    write_json(out / STORED, stored)
+    save(experiment_figure(measures, f"{name} ({config.scale})"), out / "figure.png")
+    console.print(Markdown(table))
+    console.print(f"[bold]{out}[/bold]: {TABLE}, {STORED}, figure.png, one run per arm and seed")

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of a controlled experiment: arms with several seeds each, their means with intervals, paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from affect.errors import DataError
+
+Cells = Mapping[str, Mapping[int, float | None]]
+"""Value by arm and seed; None or NaN where a run gave none."""
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds.
+
+    Attributes:
+        mean: Mean of the values that exist; NaN without any.
+        low: Lower end of its interval; NaN with fewer than two values.
+        high: Upper end.
+        count: Number of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate:
+    """Return the mean of values and its interval by Student's t.
+
+    Seeds are the unit: the interval says how far another set of seeds would move the mean, not how far other data
+    would.
+
+    Example:
+        >>> estimate([1.0, 2.0, 3.0])
+        Estimate(mean=2.0, low=-0.48413771175032934, high=4.4841377117503294, count=3)
+    """
+    known = np.array([value for value in values if value is not None and np.isfinite(value)], float)
+    if not len(known):
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    mean = float(known.mean())
+    if len(known) < 2:
+        return Estimate(mean, np.nan, np.nan, 1)
+    half = float(stats.t.ppf((1 + level) / 2, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+    return Estimate(mean, mean - half, mean + half, len(known))
+
+
+def difference(cells: Cells, arm: str, baseline: str, level: float = 0.95) -> Estimate:
+    """Return the mean difference of an arm from the baseline over the seeds that both have, with its interval.
+
+    Differences are taken seed by seed: a seed draws the same data and start for every arm, so that its luck cancels.
+
+    Raises:
+        DataError: If there is no such arm.
+    """
+    for name in (arm, baseline):
+        if name not in cells:
+            raise DataError(f"no arm {name!r} in the experiment")
+    shared = sorted(set(cells[arm]) & set(cells[baseline]))
+    pairs = [(cells[arm][seed], cells[baseline][seed]) for seed in shared]
+    return estimate([a - b for a, b in pairs if a is not None and b is not None], level)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a number as tables show it; a dash where there is none."""
+    return "–" if not np.isfinite(value) else f"{value:.{digits}f}"
+
+
+def estimate_text(found: Estimate, digits: int = 3, signed: bool = False) -> str:
+    """Return an estimate as text, e.g. ``0.873 [0.861, 0.885]``."""
+    if not np.isfinite(found.mean):
+        return "–"
+    mean = f"{found.mean:+.{digits}f}" if signed else f"{found.mean:.{digits}f}"
+    return mean if not np.isfinite(found.low) else f"{mean} [{number(found.low, digits)}, {number(found.high, digits)}]"
+
+
+def experiment_markdown(
+    measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95, digits: int = 3
+) -> str:
+    """Return a Markdown table: a row per arm, a column per measure, and differences from the baseline beside them.
+
+    Args:
+        measures: Cells by measure; every measure has the same arms.
+        baseline: Arm that others are compared with; None compares nothing.
+        level: Level of the intervals.
+        digits: Decimals.
+    """
+    arms = list(next(iter(measures.values())))
+    heads = ["arm"]
+    for name in measures:
+        heads += [name] + ([f"{name} − {baseline}"] if baseline else [])
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for arm in arms:
+        row = [arm]
+        for cells in measures.values():
+            row.append(estimate_text(estimate(list(cells[arm].values()), level), digits))
+            if baseline:
+                other = difference(cells, arm, baseline, level)
+                row.append("" if arm == baseline else estimate_text(other, digits, signed=True))
+        lines.append(f"| {' | '.join(row)} |")
+    seeds = sorted({seed for cells in measures.values() for arm in cells.values() for seed in arm})
+    lines.append("")
+    lines.append(
+        f"Mean over {len(seeds)} seeds [{level:.0%} interval by Student's t over seeds]"
+        + ("; differences are taken seed by seed." if baseline else ".")
+    )
+    return "\n".join(lines) + "\n"
