@@ -35,7 +35,7 @@ from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
 from affect.data.layouts import disfa, facs
-from affect.data.layouts.common import Dressed, Reading, write_image, write_lines
+from affect.data.layouts.common import EXAMPLES, Dressed, Reading, write_image, write_lines
 from affect.data.table import FaceTable
 from affect.errors import DataError
 
@@ -81,6 +81,7 @@ def read(root: str | Path, aligned: bool = False, threshold: int = disfa.THRESHO
     if not subjects:
         raise DataError(f"{reading.root / _LABELS}: no folders of people; expected {_LABELS}/SN001/<trial>/AU1.txt")
     sequences = facs.Sequences()
+    lacking: dict[int, list[str]] = {}
     for subject in subjects:
         coded = _own_folder(reading, f"{_LABELS}/{subject}", subject)
         shown = _own_folder(reading, f"{images_folder(aligned)}/{subject}", subject)
@@ -88,7 +89,9 @@ def read(root: str | Path, aligned: bool = False, threshold: int = disfa.THRESHO
             files = _files(reading, f"{coded}/{trial}")
             if not files:
                 continue
-            frames, cells = _labels(reading, files, f"{subject}/{trial}", threshold)
+            frames, cells = _labels(reading, files, threshold)
+            for au in set(UNITS) - set(files):
+                lacking.setdefault(au, []).append(f"{subject}/{trial}")
             folder = f"{shown}/{trial}"
             there, names = facs.pick_images(reading, frames, reading.numbered(folder), folder)
             sequences.add(
@@ -97,6 +100,9 @@ def read(root: str | Path, aligned: bool = False, threshold: int = disfa.THRESHO
                 facs.chosen(cells, there),
                 {"subject": subject, "sequence": f"{subject}/{trial}"},
             )
+    for au, trials in sorted(lacking.items()):
+        named = ", ".join(trials[:EXAMPLES]) + (", …" if len(trials) > EXAMPLES else "")
+        reading.note(f"no label file of AU{au} in {len(trials)} trials ({named}): missing (null) there, not zero")
     always = [make(au) for au in UNITS for make in (labels.occurrence_column, labels.intensity_column)]
     # The people are those of DISFA, under the same names.
     return reading.table(sequences.columns(always), label_source=facs.LABEL_SOURCE, people="disfa")
@@ -112,17 +118,10 @@ def _files(reading: Reading, folder: str) -> dict[int, str]:
     return {int(match[1]): f"{folder}/{match[0]}" for match in matches if int(match[1]) in labels.AU_NAMES}
 
 
-def _labels(
-    reading: Reading, files: Mapping[int, str], sequence: str, threshold: int
-) -> tuple[np.ndarray, dict[str, facs.Cells]]:
+def _labels(reading: Reading, files: Mapping[int, str], threshold: int) -> tuple[np.ndarray, dict[str, facs.Cells]]:
     """Return the frames of a trial that any file labels ``(N,)``, and the labels by column."""
     coded = {au: _intensity(reading, path) for au, path in sorted(files.items())}
     frames = np.unique(np.concatenate([own for own, _ in coded.values()]))
-    lacking = [str(au) for au in UNITS if au not in coded]
-    if lacking:
-        reading.note(
-            f"{sequence} has no label file of AU {', '.join(lacking)}: these labels are missing (null), not zero"
-        )
     cells: dict[str, facs.Cells] = {}
     for au, (own, values) in coded.items():
         intensity = facs.spread(frames, own, values)

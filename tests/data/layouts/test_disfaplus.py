@@ -93,7 +93,7 @@ class TestTraits:
         table = disfaplus.read(tree)
         assert of(table, "au09_intensity", "SN027") == [None] * 6
         assert of(table, "au09_intensity") == list(VALUES)
-        assert any(f"SN027/{TRIAL} has no label file of AU 9" in note for note in table.metadata["notes"])
+        assert any(f"no label file of AU9 in 1 trials (SN027/{TRIAL})" in note for note in table.metadata["notes"])
 
     def test_9_and_a_missing_line_are_null(self, tree):
         lines = label_lines((0, 9, 2, 3, 4, 5))
