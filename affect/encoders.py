@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -39,7 +41,7 @@ class PackagedWeights(NamedTuple):
     std: tuple[float, float, float]
 
 
-__all__ = ["PACKAGED", "TimmEncoder", "read_state_dict"]
+__all__ = ["PACKAGED", "PixelVector", "TimmEncoder", "read_state_dict"]
 
 PACKAGED = MappingProxyType(
     {
@@ -242,6 +244,53 @@ class TimmEncoder(nn.Module):
 
         matcher = self.model.group_matcher(coarse=False)
         return {n: layer for layer, names in group_parameters(self.model, matcher).items() for n in names}
+
+
+class PixelVector(nn.Module):
+    """An encoder of vectors that are stored as the bytes of small images, for controlled experiments on numbers.
+
+    Args:
+        features: Numbers D of a vector.
+        image_size: Side of the images in pixels.
+        low: Number that the bytes 0 stand for.
+        high: Number that the largest bytes stand for.
+        layers: Units of hidden layers; none gives the vector itself.
+        plain: Layers are linear alone, without ReLU and batch norm.
+
+    Attributes:
+        num_features: Channels of the output.
+    """
+
+    channel_order, origin, output = "RGB", "random", "vector"
+
+    def __init__(
+        self,
+        features: int,
+        image_size: int,
+        low: float = -2.0,
+        high: float = 2.0,
+        layers: Sequence[int] = (),
+        plain: bool = False,
+    ) -> None:
+        super().__init__()
+        if 2 * features > 3 * image_size**2:
+            raise ConfigError(f"encoder: {features} numbers do not fit an image of {image_size} px")
+        self.features, self.image_size, self.low, self.high = features, int(image_size), float(low), float(high)
+        sizes = [features, *(int(width) for width in layers)]
+        modules: list[nn.Module] = []
+        for before, after in itertools.pairwise(sizes):
+            modules += [nn.Linear(before, after)] + ([] if plain else [nn.ReLU(), nn.BatchNorm1d(after)])
+        self.model, self.num_features = nn.Sequential(*modules), sizes[-1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return vectors ``(B, D)`` of RGB uint8 images ``(B, 3, S, S)``."""
+        data = image.permute(0, 2, 3, 1).flatten(1)[:, : 2 * self.features].float().unflatten(1, (-1, 2))
+        steps = data[..., 0] * 256 + data[..., 1]
+        return self.model(steps / 65_535 * (self.high - self.low) + self.low)
+
+    def layer_index(self) -> dict[str, int]:
+        """Return for each parameter the number of its layer."""
+        return {name: int(name.split(".")[0]) for name, _ in self.model.named_parameters()}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

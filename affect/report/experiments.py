@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of a controlled experiment: arms with several seeds each, their means with intervals, paired differences."""
+"""Statistics of a controlled experiment: arms with several seeds each, means with intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Estimate(NamedTuple):
         mean: Mean of the values that exist; NaN without any.
         low: Lower end of its interval; NaN with fewer than two values.
         high: Upper end.
-        count: Number of values.
+        runs: Number of values.
     """
 
     mean: float
     low: float
     high: float
-    count: int
+    runs: int
 
 
 def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate:
@@ -39,7 +39,7 @@ def estimate(values: Sequence[float | None], level: float = 0.95) -> Estimate:
 
     Example:
         >>> estimate([1.0, 2.0, 3.0])
-        Estimate(mean=2.0, low=-0.48413771175032934, high=4.4841377117503294, count=3)
+        Estimate(mean=2.0, low=-0.48413771175032934, high=4.4841377117503294, runs=3)
     """
     known = np.array([value for value in values if value is not None and np.isfinite(value)], float)
     if not len(known):
