@@ -41,7 +41,7 @@ def vectors_to_images(vectors: np.ndarray, low: float, high: float) -> np.ndarra
 
 
 class VectorImages:
-    """Images of the vectors in a table's columns ``x0``, ``x1`` …
+    """Images of the vectors in a table's columns ``x0``, ``x1`` and so on.
 
     Args:
         table: The table.
