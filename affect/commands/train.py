@@ -397,6 +397,7 @@ def finish(
         "labels": labels,
         "preprocess": preprocess,
         "history": history.epochs,
+        "findings": module.findings(),
         "config": plain,
         "environment": environment(),
     }
