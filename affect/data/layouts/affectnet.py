@@ -437,8 +437,9 @@ class _List:
         """Numbers of the rows that the parser does not give, because they have another number of fields."""
         first, second = self._beginning()
         self.header = not _is_number(first[1] if len(first) > 1 else "")
-        cells = second or first
-        self.fields = len(cells)
+        spread = len(COLUMNS) - 1 + _POINTS
+        # The second line tells what is below a header of fewer names, unless it is the one that is malformed.
+        self.fields = len(second if len(second) in (len(COLUMNS), spread) else first)
         names = [name.strip().lower() for name in first]
         wanted = [name.lower() for name in COLUMNS]
         self.named = self.header and len(first) == self.fields
@@ -448,10 +449,12 @@ class _List:
         else:
             self.at = [0, 1, 2, 3, 4, self.fields - 3, self.fields - 2, self.fields - 1]
         self.points = list(range(self.at[4] + 1, self.at[5]))
+        if self.named and len(self.points) != _POINTS and wanted[5] in names:
+            self.points = [names.index(wanted[5])]
         if len(self.points) not in (1, _POINTS):
             raise DataError(
-                f"{self.full}, line {self._line(1 + self.header)}: {self.fields} fields, expected {len(COLUMNS)} "
-                f"(or {len(COLUMNS) - 1 + _POINTS} with a column for each number of the points)"
+                f"{self.full}, line {self._line(1)}: {self.fields} fields, expected {len(COLUMNS)} "
+                f"(or {spread} with a column for each number of the points)"
             )
 
     def _beginning(self) -> tuple[list[str], list[str]]:
