@@ -2,20 +2,20 @@
 """Near-duplicates: the same picture stored again, at another quality, size or brightness, or cropped a little.
 
 Sets that were gathered from the web show one photograph several times. Where parts are split by image, its copies must
-stay together. Three stages, each on what the one before left over:
+stay together. Four stages, each on what the one before left over:
 
-1. a hash of 64 bits per picture (is each cell of an 8 x 9 grid brighter than its left neighbour?); pairs whose hashes
-   differ in at most ``RADIUS`` bits share two of eight bytes, so each of the 28 pairs of bytes is sorted by once and
-   only neighbours are compared;
-2. for all these pairs at once, at 16 x 16 pixels: how much of one picture remains when the other is shifted, zoomed
-   and brightened to fit (one linear step);
-3. for what is left, the same at 48 x 48 pixels with full registration. The fit has to be good *and* one frame has to
+1. a hash of 64 bits per picture (is each cell of an 8 x 9 grid brighter than its left neighbour?). Pairs whose hashes
+   differ in at most ``RADIUS`` bits nearly always share two of eight bytes (always, up to six bits), so each of the 28
+   pairs of bytes is sorted by once and only neighbours are compared;
+2. the correlation of the pictures at 8 x 8 pixels;
+3. at 16 x 16 pixels, for all pairs at once: how much of one picture remains when the other is shifted, zoomed and
+   brightened to fit (one linear step);
+4. for what is left, the same at 48 x 48 pixels with full registration. The fit has to be good *and* one frame has to
    lie inside the other: people who sit still for two photographs fit as well, but their heads move past both frames.
 
 On the ORL photographs, ten of each of 40 people in one session, the closest two that stay apart differ by 0.008 and
 copies that are cropped by up to 4 % on each side by at most 0.004; ``tests/data/test_duplicates.py`` has the cases.
-Cropping changes the hash: of copies that lose up to 2 % at random on each side about one in fifty is missed, up to 4 %
-one in seven, up to 6 % half.
+Cropping changes the hash: of copies that lose up to 4 % at random on each side one in ten is missed, up to 6 % half.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from affect.files import replacing
 VERSION = 1
 """Goes up when the same pictures would be grouped otherwise, so that stored groups are made anew."""
 
-RADIUS = 6
+RADIUS = 8
 """Most bits in which the hashes of near-duplicates differ."""
 
 SIDE = 48
@@ -59,7 +59,8 @@ LARGE_BUCKET, LARGE_GROUP = 256, 64
 """Sizes from which equal bytes, or chains of similar pictures, are not taken at their word: in a larger bucket each
 hash is compared with so many neighbours in the order of hashes; of a larger group only its closest pairs are kept."""
 
-_COARSE = 16
+_COARSEST, _COARSE = 8, 16
+_ALIKE = 0.95
 _COARSE_LIMIT = 0.08
 _CHUNK = 4096
 _ROUNDS = 5
@@ -94,8 +95,9 @@ def near_duplicate_groups(
         return np.load(stored)
     pictures = thumbnails(images, count, progress, workers)
     left, right = similar_pairs(hashes(pictures), RADIUS, np.flatnonzero(~_is_flat(pictures)))
-    near = coarse_differences(pictures, left, right) <= _COARSE_LIMIT
-    left, right = left[near], right[near]
+    for close in (_are_alike, _nearly_fit):
+        kept = close(pictures, left, right)
+        left, right = left[kept], right[kept]
     found = [fit(pictures[a], pictures[b]) for a, b in zip(left.tolist(), right.tolist(), strict=True)]
     difference = np.array([one[0] for one in found], float)
     limit = np.array([one[1] for one in found], float)
@@ -187,7 +189,8 @@ def hashes(pictures: np.ndarray) -> np.ndarray:
 def similar_pairs(values: np.ndarray, radius: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of hashes that differ in at most ``radius`` bits, as rows ``(P,)`` and larger rows ``(P,)``.
 
-    All of them up to a radius of 6, except that in buckets above ``LARGE_BUCKET`` only neighbours are compared.
+    All pairs up to 6 bits are found, and nearly all beyond, except that in buckets above ``LARGE_BUCKET`` only
+    neighbours are compared.
 
     Args:
         values: Hashes, uint64 ``(N,)``.
@@ -229,15 +232,42 @@ def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- fitting
 
 
+def _are_alike(pictures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    pool = SIDE // _COARSEST
+    small = np.empty((len(pictures), _COARSEST**2), np.float32)
+    for start in range(0, len(pictures), _CHUNK):
+        block = pictures[start : start + _CHUNK].reshape(-1, _COARSEST, pool, _COARSEST, pool)
+        small[start : start + _CHUNK] = block.mean((2, 4), dtype=np.float32).reshape(-1, _COARSEST**2)
+    small -= small.mean(1, keepdims=True)
+    small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
+    alike = np.empty(len(left), bool)
+    for start in range(0, len(left), _CHUNK):
+        a, b = (small[rows[start : start + _CHUNK]] for rows in (left, right))
+        alike[start : start + _CHUNK] = np.einsum("ij,ij->i", a, b) >= _ALIKE
+    return alike
+
+
+def _nearly_fit(pictures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return coarse_differences(pictures, left, right) <= _COARSE_LIMIT
+
+
 def coarse_differences(pictures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return the share of the variance of ``right`` that remains after ``left`` was fitted by one linear step ``(P,)``.
 
-    The step frees shift, zoom along both axes, contrast and brightness.
+    The step frees shift, zoom along both axes and contrast. Brightness and its quadratic course over the picture are
+    taken out before: where light falls from one side, that would be most of the variance of any two faces.
     """
     remaining = np.empty(len(left))
     pool = SIDE // _COARSE
     inner = slice(1, -1)
     line = np.arange(_COARSE, dtype=np.float32) - (_COARSE - 1) / 2
+    x, y = np.meshgrid(line[inner], line[inner])
+    course = np.linalg.qr(np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], 2).reshape(-1, 6))[0]
+
+    def flattened(term: np.ndarray) -> np.ndarray:
+        values = term[:, inner, inner].reshape(len(term), -1)
+        return values - (values @ course) @ course.T
+
     for start in range(0, len(left), _CHUNK):
         a, b = (
             pictures[rows[start : start + _CHUNK]]
@@ -246,16 +276,15 @@ def coarse_differences(pictures: np.ndarray, left: np.ndarray, right: np.ndarray
             for rows in (left, right)
         )
         down, across = np.gradient(a, axis=(1, 2))
-        terms = (across, across * line, down, down * line[:, None], a, np.ones_like(a))
-        design = np.stack([term[:, inner, inner].reshape(len(a), -1) for term in terms], 2).astype(np.float64)
-        target = b[:, inner, inner].reshape(len(a), -1).astype(np.float64)
+        terms = (across, across * line, down, down * line[:, None], a)
+        design = np.stack([flattened(term) for term in terms], 2).astype(np.float64)
+        target = flattened(b).astype(np.float64)
         normal = design.swapaxes(1, 2) @ design
         # A trace of regularisation keeps pictures without any gradient solvable.
-        normal += np.eye(6) * (1e-6 * np.trace(normal, axis1=1, axis2=2)[:, None, None] + 1e-9)
+        normal += np.eye(5) * (1e-6 * np.trace(normal, axis1=1, axis2=2)[:, None, None] + 1e-9)
         solved = np.linalg.solve(normal, design.swapaxes(1, 2) @ target[:, :, None])
         rest = target - (design @ solved)[:, :, 0]
-        variance = np.maximum(target.var(1), 1e-6)
-        remaining[start : start + _CHUNK] = (rest**2).mean(1) / variance
+        remaining[start : start + _CHUNK] = (rest**2).mean(1) / np.maximum((target**2).mean(1), 1e-6)
     return remaining
 
 
