@@ -39,7 +39,7 @@ TRUSTED_ROOMS = ("affect.tasks", "affect.metrics", "affect.models", "affect.enco
 """Rooms whose public classes a release may name."""
 
 DATASET_TARGETS = ("affect.data.faces.FaceDials", "affect.data.faces.FaceImages", "affect.geometry.CropRecipe")
-DATASET_ROOM, DATASET_FUNCTIONS = "affect.data.layouts", ("read", "images")
+DATASET_ROOM, DATASET_FUNCTIONS = "affect.data.layouts", ("read", "images", "expected")
 """What a stored dataset may name: these classes, and these functions of a layout that lists them in ``__all__``."""
 
 REFUSED_KEYS = ("_args_", "_partial_", "_recursive_", "_convert_")

@@ -257,20 +257,21 @@ def crop_recipe(
     own = trained
     if stored is not None and stored.get("prepare"):
         run = assembly.make(stored.prepare, "prepare")
-        if run is not None and trained is not None and run.composed().describe() == trained.describe():
+        if run is not None and trained is not None and run.composed() == trained.composed():
             own = run
     chosen = assembly.make(settings.get("prepare"), "prepare")
     if chosen is None or not (given or settings.dataset.get("cropped")):
         return own, []
-    return chosen, crop_differences([chosen.composed()], release)
+    return chosen, crop_differences([chosen], release)
 
 
 def crop_differences(recipes: Sequence[CropRecipe | None], release: Release) -> list[str]:
     """Return a sentence for each recipe (from photographs to the model's input) that is not the checkpoint's."""
     found = []
-    trained = {key: value for key, value in (release.preprocess.get("recipe") or {}).items() if key != "name"}
+    described = release.preprocess.get("recipe")
+    trained = _of_crops(CropRecipe.read(described) if described else None)
     for recipe in recipes:
-        here = {} if recipe is None else {key: value for key, value in recipe.describe().items() if key != "name"}
+        here = _of_crops(recipe)
         if bool(here) != bool(trained):
             names = [node.get("kind", "whole images") for node in (here, trained)]
             found.append(f"prepare: crops are not those that the checkpoint was trained on: {names[0]}, not {names[1]}")
@@ -280,6 +281,12 @@ def crop_differences(recipes: Sequence[CropRecipe | None], release: Release) -> 
             listed = ", ".join(f"{key} {here.get(key)}, not {trained.get(key)}" for key in keys)
             found.append(f"prepare: crops are not those that the checkpoint was trained on: {listed}")
     return found
+
+
+def _of_crops(recipe: CropRecipe | None) -> dict[str, Any]:
+    """Return what a recipe says about the way from photographs to crops; empty for whole images."""
+    described = {} if recipe is None else recipe.composed().describe()
+    return {key: value for key, value in described.items() if key != "name"}
 
 
 def stored_run(release: Release, trust: list[str]) -> DictConfig | None:

@@ -31,7 +31,7 @@ SELECTION = "selection"
 """Folder in that of a refit where the run lies that chose the number of epochs."""
 
 WITHOUT_EFFECT = (
-    *("paths", "logger", "force", "compare", "reference", "trust", "group_by", "bootstrap", "hydra"),
+    *("paths", "logger", "force", "compare", "controlled", "reference", "trust", "group_by", "bootstrap", "hydra"),
     *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder", "data.num_workers"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
     *("dataset.expected", "dataset.sources.*.expected", "accept"),
@@ -59,11 +59,25 @@ def result_hash(config: DictConfig) -> str:
 
 
 def effective(config: DictConfig) -> dict[str, Any]:
-    """Return a config as plain data, resolved, without the keys that have no effect on the result."""
+    """Return a config as plain data, resolved, without the keys that have no effect on the result.
+
+    Where images lie is part of what a run is: other pixels under the same labels are other data, and nobody hashes
+    every image. Stored crops are known by their recipe and their table, whatever folder they were made from.
+    """
     plain = OmegaConf.to_container(config, resolve=True)
     for pattern in WITHOUT_EFFECT:
         _drop(plain, pattern.split("."))
-    return plain  # type: ignore[return-value]
+    assert isinstance(plain, dict)
+    dataset, common = plain.get("dataset"), plain.get("prepare")
+    listed = (
+        (dataset.get("sources") or {}).values() if isinstance(dataset, dict) and "sources" in dataset else [dataset]
+    )
+    for node in listed:
+        recipe = (node.get("prepare") or common) if isinstance(node, dict) else None
+        if isinstance(recipe, dict) and recipe.get("stored"):
+            for key in ("root", "read.root", "images"):
+                _drop(node, key.split("."))
+    return plain
 
 
 def _drop(node: Any, patterns: list[str]) -> None:  # noqa: ANN401
