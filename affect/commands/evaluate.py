@@ -133,7 +133,7 @@ def trained_people(datamodule: FaceDataModule, part: str, release: Release) -> l
     if leaks and not datamodule.protocol.allow_leak:
         raise DataError(
             f"{'; '.join(leaks)}; evaluate on other people, leave these out (protocol.keep), or let "
-            "protocol.allow_leak=true mark every number"
+            "++protocol.allow_leak=true mark every number"
         )
     return leaks
 

@@ -65,7 +65,8 @@ def selection_text(selection: Mapping[str, Any]) -> str:
     """
     rule, epoch = str(selection.get("rule")), selection.get("epoch")
     if rule == "refit" and selection.get("epochs"):
-        return f"refit ({selection['epochs']} epochs on all training groups, as best_val chose)"
+        plural = "" if selection["epochs"] == 1 else "s"
+        return f"refit ({selection['epochs']} epoch{plural} on all training groups, as best_val chose)"
     return rule if epoch is None else f"{rule} (epoch {int(epoch) + 1})"
 
 
