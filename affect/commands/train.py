@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, figures, inference
+from affect.commands.check import verified
 from affect.commands.run_folder import (
     RESULTS,
     SELECTION,
@@ -73,6 +74,7 @@ def train(config: DictConfig, output: Path) -> float | None:
     check_keys(config)
     with locked(output):
         sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
+        sources = verified(config, sources, console)
         made_of = contents(sources, config.init, list(config.trust))
         if not config.force:
             same_run(output, config, made_of)
