@@ -65,14 +65,14 @@ from affect.data.layouts.common import EXAMPLES, Dressed, Reading, number_of, wr
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError, near
 
-__all__ = ["FOLDERS", "IMAGES", "TRACKS", "dress", "expected", "read", "write"]
+__all__ = ["CROPS", "FOLDERS", "TRACKS", "dress", "expected", "read", "write"]
 
 DATASET = "affwild2"
 
 TRACKS = ("va", "expr", "au")
 """Tracks with a file per video; ``mtl`` stands for the files of the multi-task challenges."""
 
-IMAGES = ("cropped_aligned", "cropped_aligned_new_50_vids")
+CROPS = ("cropped_aligned", "cropped_aligned_new_50_vids")
 """Folders of crops that are read by default; either may be absent."""
 
 FOLDERS = MappingProxyType(
@@ -128,7 +128,7 @@ class _Found(NamedTuple):
 def read(
     root: str | Path,
     tracks: str | Sequence[str] = TRACKS,
-    images: str | Sequence[str] = IMAGES,
+    crops: str | Sequence[str] = CROPS,
     va: str | None = None,
     expr: str | None = None,
     au: str | None = None,
@@ -140,7 +140,7 @@ def read(
     Args:
         root: Folder that holds the folders of crops.
         tracks: Any of ``va``, ``expr``, ``au``, or ``mtl`` alone.
-        images: Folders of crops, relative to ``root``. A video is taken from the first that has it.
+        crops: Folders of crops, relative to ``root``. A video is taken from the first that has it.
         va: Folder with ``Train_Set`` and ``Validation_Set`` of the track, relative to ``root``; None looks for the
             names of all years, up to two folders deep.
         expr: The same of expressions.
@@ -158,7 +158,7 @@ def read(
         ConfigError: If a track is unknown or ``mtl`` is not alone.
         DataError: If the tree is none of Aff-Wild2, labels of several years are found, or a file is malformed.
     """
-    chosen, folders = _chosen(tracks), (images,) if isinstance(images, str) else tuple(images)
+    chosen, folders = _chosen(tracks), (crops,) if isinstance(crops, str) else tuple(crops)
     reading = Reading(root, DATASET, holds=folders)
     if chosen == ("mtl",):
         return _read_mtl(reading, folders, mtl, complete_aus)
@@ -845,7 +845,7 @@ def dress(
             columns[labels.occurrence_column(number)] = (np.round(values), known)
             some |= known
     columns.update({
-        "image": np.array([f"{IMAGES[0]}/{s}/{k:05d}.jpg" for s, k in zip(sequence, frame, strict=True)], object),
+        "image": np.array([f"{CROPS[0]}/{s}/{k:05d}.jpg" for s, k in zip(sequence, frame, strict=True)], object),
         "sequence": sequence.astype(object),
         "video": video.astype(object),
         "frame": frame.astype(np.int32),
@@ -869,7 +869,7 @@ def dress(
 
 def expected(
     tracks: str | Sequence[str] = TRACKS,
-    images: str | Sequence[str] = IMAGES,
+    crops: str | Sequence[str] = CROPS,
     challenge: int | None = None,
 ) -> tuple[Expected, ...]:
     """Return what Aff-Wild2 should contain.
@@ -877,12 +877,12 @@ def expected(
     Args:
         tracks: As in ``read``. Of several tracks, only counts of validation labels hold, because a video that
             validates in one does not train in another.
-        images: As in ``read``.
+        crops: As in ``read``.
         challenge: Number of the ABAW challenge that the labels are of; None is any from 3 on. Of the first two no
             counts are known.
     """
     chosen = _chosen(tracks)
-    folders = (images,) if isinstance(images, str) else tuple(images)
+    folders = (crops,) if isinstance(crops, str) else tuple(crops)
     found: list[Expected] = []
     if all(Path(folder).name.startswith("cropped_aligned") for folder in folders):
         found.append(Expected("size", (112, 112), "public readers of cropped_aligned"))

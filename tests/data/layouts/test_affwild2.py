@@ -278,7 +278,7 @@ class TestFrames:
         table = affwild2.read(tree.root, "va")
         assert cells(of(table), "image") == ["cropped_aligned/v/00001.jpg", "cropped_aligned/v/00002.jpg"]
         assert cells(of(table, "w"), "image") == ["cropped_aligned_new_50_vids/w/00001.jpg"]
-        new = affwild2.read(tree.root, "va", images="cropped_aligned_new_50_vids")
+        new = affwild2.read(tree.root, "va", crops="cropped_aligned_new_50_vids")
         assert len(of(new)) == 3
         assert set(cells(new, "sequence")) == {"v", "w"}
 
@@ -718,7 +718,7 @@ class TestExpected:
         assert (third[key].value, later[key].value) == (341, 356)
         assert later[key].variants == {341: "ABAW 3"}
         assert [entry.key for entry in affwild2.expected(challenge=1)] == ["size"]
-        assert all(entry.key != "size" for entry in affwild2.expected(images="cropped"))
+        assert all(entry.key != "size" for entry in affwild2.expected(crops="cropped"))
 
 
 def test_frames_missing_in_a_writer_are_minus_one(tmp_path):
