@@ -112,7 +112,6 @@ COMMANDS = (
             ("scale", "quick (does it run), paper (at most 45 minutes on two cores) or full"),
             ("seeds", "number of seeds; null takes the scale's"),
             ("arms", "arms to run; null takes the scale's, or all"),
-            ("overrides", "further overrides of every run"),
             ("out", "folder to write; by default runs/reproduce/<name>/<scale>"),
         ),
         (
@@ -198,11 +197,11 @@ COMMANDS = (
     ),
     Command(
         "benchmark",
-        "Measure the training step, the loader or the built-in faces; prints ratios and stores JSON.",
+        "Measure the training step, the loader, the built-in faces or large tables; prints ratios and stores JSON.",
         (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
-        ("benchmark step", "benchmark loader", "benchmark faces quick=true"),
+        ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table"),
         word="what",
-        words=("step", "loader", "faces"),
+        words=("step", "loader", "faces", "table"),
     ),
 )
 """Every command, in the order of the help."""

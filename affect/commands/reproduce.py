@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markdown import Markdown
@@ -25,6 +26,9 @@ from affect.report.experiments import Cells, difference, estimate, experiment_ma
 
 SCALES = ("quick", "paper", "full")
 TABLE, STORED = "table.md", "reproduce.json"
+_OWN = ("scale", "seeds", "arms", "out", "paths.output", "paths.runs")
+"""Keys of this command that no run of the experiment has, or that it sets itself."""
+
 _KEYS = ("claim", "source", "expected", "arms", "measures", "baseline", "scales", "selection_note")
 
 
@@ -33,13 +37,15 @@ def run(config: DictConfig) -> None:
     from affect.commands import train
 
     console = Console(quiet=not is_first_process())
-    given = [str(override) for override in config.overrides or ()]
-    plan = OmegaConf.to_container(_composed(config.experiment, [], given).controlled, resolve=True)
-    check_plan(config, plan)
+    chosen = str(HydraConfig.get().runtime.choices.get("experiment"))
+    plan = OmegaConf.to_container(config.controlled, resolve=True) if config.controlled else None
+    check_plan(config, plan, chosen)
+    assert isinstance(plan, dict)
+    given = [o for o in HydraConfig.get().overrides.task if _key(o) not in (*_OWN, "experiment")]
     scale = plan["scales"][config.scale]
     seeds = range(1, 1 + int(config.seeds or scale["seeds"]))
     arms = [str(arm) for arm in config.arms or scale.get("arms") or plan["arms"]]
-    name = str(config.experiment).removeprefix("controlled/")
+    name = chosen.removeprefix("controlled/")
     out = Path(config.out or Path(config.paths.runs) / "reproduce" / name / config.scale).expanduser()
     console.print(f"[bold]{name}[/bold]: {plan['claim']} ({plan['source']})\nexpected: {plan['expected']}")
     console.print(f"{len(arms)} arms × {len(seeds)} seeds, scale {config.scale}: {out}")
@@ -49,7 +55,7 @@ def run(config: DictConfig) -> None:
         for arm in arms:
             folder = out / arm / f"seed{seed}"
             overrides = [*scale.get("overrides", []), *plan["arms"][arm], *given, f"seed={seed}"]
-            cell = _composed(config.experiment, overrides, [])
+            cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
             OmegaConf.set_struct(cell, False)
             cell.compare, cell.paths.output = {}, str(folder)
             if not (folder / RESULTS).is_file():
@@ -58,24 +64,23 @@ def run(config: DictConfig) -> None:
             if is_first_process():
                 results[arm][seed] = read_json(folder / RESULTS)
     if is_first_process():
-        write_summary(out, config, plan, name, results, console)
+        write_summary(out, config, plan, chosen, results, console)
 
 
-def _composed(experiment: str, overrides: list[str], further: list[str]) -> DictConfig:
-    """Return the training config of an experiment with overrides."""
-    return compose(config_name="train", overrides=[f"experiment={experiment}", *overrides, *further])
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
-def check_plan(config: DictConfig, plan: Any) -> None:  # noqa: ANN401
+def check_plan(config: DictConfig, plan: Any, chosen: str) -> None:  # noqa: ANN401
     """Refuse an experiment that is no controlled one, and names that it does not have."""
     if not isinstance(plan, dict) or not plan.get("arms"):
-        raise ConfigError(f"experiment={config.experiment}: no controlled experiment (it has no node `controlled`)")
+        raise ConfigError(f"experiment={chosen}: no controlled experiment (it has no node `controlled`)")
     missing = [key for key in ("claim", "source", "expected", "measures", "scales") if not plan.get(key)]
     if missing:
-        raise ConfigError(f"experiment={config.experiment}: controlled.{missing[0]} is missing")
+        raise ConfigError(f"experiment={chosen}: controlled.{missing[0]} is missing")
     unknown = [key for key in plan if key not in _KEYS]
     if unknown:
-        raise ConfigError(f"experiment={config.experiment}: controlled.{unknown[0]}: {near(unknown[0], _KEYS)}")
+        raise ConfigError(f"experiment={chosen}: controlled.{unknown[0]}: {near(unknown[0], _KEYS)}")
     if config.scale not in plan["scales"]:
         raise ConfigError(f"scale={config.scale}: {near(str(config.scale), plan['scales'])}")
     for arm in config.arms or ():
@@ -124,7 +129,7 @@ def write_summary(
     out: Path,
     config: DictConfig,
     plan: Mapping[str, Any],
-    name: str,
+    chosen: str,
     results: Mapping[str, Mapping[int, Mapping[str, Any]]],
     console: Console,
 ) -> None:
@@ -132,15 +137,14 @@ def write_summary(
     from affect.report.figures import save
     from affect.report.figures.experiments import experiment_figure
 
+    name = chosen.removeprefix("controlled/")
     measures: dict[str, Cells] = {
         str(label): {arm: {s: measured(r, measure, label) for s, r in runs.items()} for arm, runs in results.items()}
         for label, measure in plan["measures"].items()
     }
     baseline = plan.get("baseline") if plan.get("baseline") in results else None
     table = experiment_markdown(measures, baseline)
-    command = f"affect reproduce experiment={config.experiment} scale={config.scale}"
-    if config.seeds:
-        command += f" seeds={config.seeds}"
+    command = " ".join(["affect reproduce", f"experiment={chosen}", f"scale={config.scale}", *_further(config)])
     text = (
         f"# {name}\n\nClaim: {plan['claim']} ({plan['source']})\n\nExpected: {plan['expected']}\n\n{table}\n"
         f"    {command}\n"
@@ -148,7 +152,7 @@ def write_summary(
     with replacing(out / TABLE) as part:
         part.write_text(text, encoding="utf-8")
     stored = {
-        "experiment": config.experiment,
+        "experiment": chosen,
         "claim": plan["claim"],
         "source": plan["source"],
         "expected": plan["expected"],
@@ -173,3 +177,9 @@ def write_summary(
     save(experiment_figure(measures, f"{name} ({config.scale})"), out / "figure.png")
     console.print(Markdown(table))
     console.print(f"[bold]{out}[/bold]: {TABLE}, {STORED}, figure.png, one run per arm and seed")
+
+
+def _further(config: DictConfig) -> list[str]:
+    """Return the overrides of this command line besides experiment and scale, without folders."""
+    given = HydraConfig.get().overrides.task
+    return [override for override in given if _key(override) not in ("experiment", "scale", *_OWN[3:])]
