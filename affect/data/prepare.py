@@ -734,7 +734,7 @@ def _nearest(there: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any], pref
 
     other = min(there, key=lambda one: len(differing(one)))
     keys = differing(other)
-    return "; ".join(f"prepared with {prefix}{key}={other.get(key)}, wanted {wanted.get(key)}" for key in keys)
+    return "prepared with " + "; ".join(f"{prefix}{key}={other.get(key)}, wanted {wanted.get(key)}" for key in keys)
 
 
 def prepared_images(table: FaceTable) -> ImageReader:

@@ -28,6 +28,8 @@ from affect.geometry.providers import (
     MediapipeFinder,
     Pose,
     TwoStageFinder,
+    build_finder,
+    describe_finder,
     landmarker_bundle,
     pose_from_rotation,
     require_rgb,
@@ -371,3 +373,26 @@ def portrait():
 def turned(portrait):
     wide = cv2.copyMakeBorder(portrait, 28, 28, 28, 28, cv2.BORDER_REPLICATE)
     return cv2.resize(wide, None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
+
+
+class TestByName:
+    def test_the_names_of_a_recipe_are_finders(self):
+        assert isinstance(build_finder("faceapi", "faceapi"), FaceApiFinder)
+
+    @pytest.mark.parametrize(
+        ("detector", "provider", "said"),
+        [
+            ("faceapy", "faceapi", "prepare.detector=faceapy: did you mean faceapi"),
+            ("faceapi", "fan", "prepare.provider=fan"),
+            ("faceapi", "mediapipe", "write prepare.detector=mediapipe too"),
+        ],
+    )
+    def test_names_that_do_not_work_say_why(self, detector, provider, said):
+        with pytest.raises(ConfigError, match=said):
+            build_finder(detector, provider)
+
+    def test_models_are_identified(self):
+        described = describe_finder("faceapi", "faceapi")
+        assert described["detector"] != described["provider"]
+        assert all("@vladmandic/face-api@1.7.15" in text and "sha256" in text for text in described.values())
+        assert describe_finder("annotations", "annotations")["provider"] == "annotations"
