@@ -229,9 +229,17 @@ class Reading:
             },
         )
         if not len(table):
-            reasons = "; ".join(f"{count} rows: {reason}" for reason, count in self.skipped.items())
+            reasons = "; ".join(
+                [
+                    *(f"{count} rows: {reason}" for reason, count in self.skipped.items()),
+                    *(f"{name} is empty" for name, seen in self.touched.items() if seen and self._is_empty(name, seen)),
+                ]
+            )
             raise DataError(f"{self.root}: no face of {self.dataset} found ({reasons or 'no label files'})")
         return table
+
+    def _is_empty(self, name: str, seen: Sequence[int]) -> bool:
+        return seen[0] == 0 and (self.root / name).is_file()
 
 
 def by_number(names: Iterable[str], folder: Path) -> dict[int, str]:
