@@ -57,12 +57,15 @@ class Protocol:
         train: Official parts that train; None takes ``train`` where it exists, else all that do not test or select.
         validation: Official part that selects instead of held-out training groups; None takes ``val``, ``valid``,
             ``validation`` or ``dev`` where it is there and has no other use, and holds groups out otherwise.
+        division: How the table has to divide people into parts (metadata ``division``) where a dataset offers several
+            under the same names; None takes any.
         train_only: The source's test part is left out: it trains and selects, and others test.
         keep: Values that a row must have, by column; other rows are left out of every part and counted.
         missing_faces: What becomes of rows whose column ``face`` is not ``found``: ``fallback`` uses the crop that
             preparation fell back to, ``drop`` leaves them out of every part, ``negative`` lets them neither train nor
             select, and in evaluation every action unit counts as absent there.
-        subsets: Columns by name; results of the test part are also given for the rows where the column is 1.
+        subsets: Columns by name; results of the test part are also given for the rows where the column is 1, or has
+            the value of ``column=value``.
         headline: Names of metrics (``<task>/<metric>``) by name of their sum; printed first.
         allow_leak: Run although the same people train and test; every number is marked.
         f1_empty: F1 of an output that has neither positives nor positive predictions.
@@ -79,6 +82,7 @@ class Protocol:
     every: int = 1
     train: Sequence[str] | None = None
     validation: str | None = None
+    division: str | None = None
     train_only: bool = False
     keep: Mapping[str, Sequence] | None = None
     missing_faces: str = "fallback"
@@ -274,6 +278,7 @@ class _Draft:
         self.source, self.protocol = source, protocol
         table = source.table
         self.column = protocol.group or source.group
+        _require_division(source, protocol)
         self.codes, self.names = group_codes(table, self.column)
         self.unused: dict[str, np.ndarray] = {}
         self.leaks: tuple[str, ...] = ()
@@ -355,6 +360,17 @@ class _Draft:
         faceless = {name: rows[self.missing[rows]] for name, rows in whole.items()}
         usable[TRAIN] = usable[TRAIN][:: protocol.every]
         return Division(usable, self.unused, faceless, self.leaks, self.notes)
+
+
+def _require_division(source: Source, protocol: Protocol) -> None:
+    """Raise ``DataError`` if the table's parts are another division of the people under the same names."""
+    found = source.table.metadata.get("division")
+    if protocol.division and found and found != protocol.division and not protocol.train_only:
+        raise DataError(
+            f"{source.name}: protocol {protocol.name} is for the division {protocol.division!r} into parts, and the "
+            f"table has {found!r} under the same names; read it with dataset.folds={protocol.division}, or choose the "
+            "protocol of its division"
+        )
 
 
 def faceless_rows(table: FaceTable) -> np.ndarray:

@@ -527,3 +527,12 @@ def test_people_that_a_model_knows_are_named():
     assert known_people([data], everyone, {"bp4d": ["SN001"]}) == []
     (sentence,) = known_people([data], everyone, {"disfa": ["SN002", "SN009"]})
     assert sentence == "the model was trained on 1 people of disfa among these rows: SN009"
+
+
+def test_parts_of_another_division_under_the_same_names_are_refused():
+    data = person("disfa", ["SN001", "SN002", "SN003", "SN004"], ["P1", "P1", "P2", "P3"])
+    classic = Source("disfa", data.table.with_metadata(division="classic"), data.images)
+    with pytest.raises(DataError, match=r"division 'literature' into parts, .* has 'classic' .*folds=literature"):
+        assign(classic, Protocol(name="disfa", test="P3", division="literature"))
+    for fitting in (data, classic):
+        assert len(assign(fitting, Protocol(test="P3", division="classic"))["test"]) == 1

@@ -149,7 +149,7 @@ def read(
             {"subject": subject, "sequence": subject, "part": part_of[subject]},
         )
     always = [make(au) for au in UNITS for make in (labels.occurrence_column, labels.intensity_column)]
-    return reading.table(sequences.columns(always), label_source=facs.LABEL_SOURCE, people="disfa")
+    return reading.table(sequences.columns(always), label_source=facs.LABEL_SOURCE, people="disfa", division=folds)
 
 
 def _check_options(folds: str, threshold: int) -> None:
