@@ -52,7 +52,7 @@ from affect.data.layouts.common import Dressed, Reading, number_of, write_image,
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError, near
 
-__all__ = ["ATTRIBUTES", "POINTS", "dress", "expected", "read", "write"]
+__all__ = ["ATTRIBUTES", "LIMIT", "POINTS", "dress", "expected", "read", "write"]
 
 Pictures = Literal["aligned", "wild"]
 
@@ -68,6 +68,9 @@ ATTRIBUTES = (
 
 POINTS = tuple(f"{name}_{axis}" for name in ("lefteye", "righteye", "nose", "leftmouth", "rightmouth") for axis in "xy")
 """Columns of the files of points, in the order of scheme 5."""
+
+LIMIT = 1e5
+"""Coordinates beyond this are no pixels of an image."""
 
 PARTS = ("train", "validation", "test")
 """Parts by their number in the partition file."""
@@ -103,12 +106,12 @@ def read(root: str | Path, pictures: Pictures = "aligned", identities: bool = Tr
     _require(reading, _PARTITION, partition, np.isin(partition.values[:, 0], (0, 1, 2)), "0, 1 or 2")
     attributes = _read_counted(reading, _ATTRIBUTES)
     _require(reading, _ATTRIBUTES, attributes, (np.abs(attributes.values) == 1).all(1), "attributes -1 or 1")
-    points = _read_counted(reading, _LANDMARKS[pictures], POINTS)
+    points = _read_pixels(reading, _LANDMARKS[pictures], POINTS)
 
     folder = _FOLDERS[pictures]
     there = pc.is_in(partition.images, value_set=pa.array(reading.listing(folder), pa.string()))
     there = there.to_numpy(zero_copy_only=False)
-    if not there.any():
+    if len(there) and not there.any():
         raise DataError(f"{reading.root / folder}: none of the {len(there)} images is there; unpack them into it")
     reading.skip("image is missing", partition.images.filter(pa.array(~there)).to_pylist())
     kept = np.flatnonzero(there)
@@ -128,7 +131,7 @@ def read(root: str | Path, pictures: Pictures = "aligned", identities: bool = Tr
         columns[f"attribute_{name.lower()}"] = (np.ascontiguousarray((values[:, k] + 1) / 2), known)
     columns["landmarks_5"] = _aligned(reading, _LANDMARKS[pictures], points, names)
     if pictures == "wild":
-        boxes, known = _aligned(reading, _BOXES, _read_counted(reading, _BOXES, _BOX), names)
+        boxes, known = _aligned(reading, _BOXES, _read_pixels(reading, _BOXES, _BOX), names)
         sized = (boxes[:, 2:] > 0).all(1)
         if (known & ~sized).any():
             reading.note(f"{int((known & ~sized).sum())} boxes have no size and are missing")
@@ -186,6 +189,13 @@ def _read_counted(reading: Reading, path: str, wanted: Sequence[str] | None = No
     if wanted is None:
         return found
     return found._replace(columns=tuple(wanted), values=found.values[:, [names.index(name) for name in wanted]])
+
+
+def _read_pixels(reading: Reading, path: str, columns: Sequence[str]) -> _List:
+    """Return a counted file of coordinates."""
+    found = _read_counted(reading, path, columns)
+    _require(reading, path, found, (np.abs(found.values) < LIMIT).all(1), "coordinates in pixels")
+    return found
 
 
 def _read_list(reading: Reading, path: str, columns: Sequence[str], skip: int = 0, text: str | None = None) -> _List:

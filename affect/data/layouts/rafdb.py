@@ -58,7 +58,7 @@ from affect.data.layouts.common import Dressed, Reading, number_of, write_image,
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError, near
 
-__all__ = ["AGE_GROUPS", "CLASSES", "RACES", "dress", "expected", "read", "write"]
+__all__ = ["AGE_GROUPS", "CLASSES", "LIMIT", "RACES", "dress", "expected", "read", "write"]
 
 Subset = Literal["basic", "compound"]
 Pictures = Literal["aligned", "original"]
@@ -71,6 +71,9 @@ RACES = ("caucasian", "african-american", "asian")
 
 AGE_GROUPS = ("0-3", "4-19", "20-39", "40-69", "70+")
 """Names of the file values 0 to 4, in years."""
+
+LIMIT = 1e5
+"""Coordinates beyond this are no pixels of an image."""
 
 _LIST = "EmoLabel/list_patition_label.txt"
 _LINE = re.compile(r"(train|test)_(\d{1,9})(?:_aligned)?\.\w+\s+(\d{1,9})")
@@ -236,7 +239,7 @@ def _manual(lines: list[tuple[int, str]], path: str) -> list[float]:
         where = f"{path}, line {number}"
         if len(cells) != 2:
             raise DataError(f"{where}: expected x and y of a point, found {line[:80]!r}")
-        numbers += [number_of(cell, where) for cell in cells]
+        numbers += [_pixel(cell, where) for cell in cells]
     for (number, line), (what, most) in zip(
         lines[5:], (("gender", 2), ("race", 2), ("age group", len(AGE_GROUPS) - 1)), strict=True
     ):
@@ -248,13 +251,20 @@ def _manual(lines: list[tuple[int, str]], path: str) -> list[float]:
     return numbers
 
 
+def _pixel(cell: str, where: str) -> float:
+    value = number_of(cell, where)
+    if abs(value) >= LIMIT:
+        raise DataError(f"{where}: expected coordinates in pixels, found {cell[:40]!r}")
+    return value
+
+
 def _box(lines: list[tuple[int, str]], path: str) -> list[float]:
     """Return the first four numbers of a box annotation as x1, y1, x2, y2."""
     cells = [(number, cell) for number, line in lines for cell in line.split()][:4]
     if len(cells) < 4:
         where = f"{path}, line {lines[-1][0] if lines else 1}"
         raise DataError(f"{where}: expected x1 y1 x2 y2, found {len(cells)} numbers")
-    return [number_of(cell, f"{path}, line {number}") for number, cell in cells]
+    return [_pixel(cell, f"{path}, line {number}") for number, cell in cells]
 
 
 # ------------------------------------------------------------------------------------------------------ writing

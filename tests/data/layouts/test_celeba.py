@@ -14,7 +14,7 @@ from affect.data.layouts import celeba
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from affect.geometry.alignment import CropRecipe
-from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract, drawn  # noqa: F401
+from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract
 
 ATTRIBUTES = "Anno/list_attr_celeba.txt"
 ALIGNED = "Anno/list_landmarks_align_celeba.txt"
@@ -68,7 +68,7 @@ class TestWild(LayoutContract):
     def read(self, root):
         return celeba.read(root, "wild")
 
-    def dress(self, drawn):  # noqa: F811
+    def dress(self, drawn):
         return celeba.dress(drawn, "wild")
 
     def expected(self):
@@ -227,6 +227,7 @@ class TestErrors:
             (ATTRIBUTES, "Male Young", "Male Male", r"line 2: column Male occurs more than once"),
             (ALIGNED, "lefteye_x", "left_x", r"line 2: no column lefteye_x; expected lefteye_x lefteye_y"),
             (ALIGNED, "69  109", "69  inf", r"line 3: expected a number, found 'inf'"),
+            (ALIGNED, "69  109", "69  109000", r"line 3: expected coordinates in pixels, found '000001"),
             (IDENTITIES, "2937", "29.5", r"line 2: expected a whole number, found"),
             (PARTITION, "000003.jpg 1", "000003.jpg 3", r"line 3: expected 0, 1 or 2, found '000003.jpg 3'"),
             (PARTITION, "000003.jpg 1", "000003.jpg", r"line 3: 1 fields, expected 2"),
@@ -258,7 +259,7 @@ class TestErrors:
         with pytest.raises(ConfigError, match="pictures=aligne: did you mean aligned"):
             celeba.read(tree, "aligne")
 
-    def test_of_what_cannot_be_written(self, drawn, tmp_path):  # noqa: F811
+    def test_of_what_cannot_be_written(self, drawn, tmp_path):
         dressed = celeba.dress(drawn)
         table, reader = dressed.table, ChosenFaces(dressed.rows)
         hidden = np.arange(len(table)) == 3

@@ -15,7 +15,7 @@ from affect.data.layouts import fer2013
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from affect.tasks.kinds import Expression
-from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract, assert_same, drawn  # noqa: F401
+from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract, assert_same
 
 SOFT = ("probability", "crossentropy", "multi_target")
 
@@ -29,7 +29,7 @@ class FerContract(LayoutContract):
     def read(self, root):
         return fer2013.read(root, *self.options)
 
-    def dress(self, drawn):  # noqa: F811
+    def dress(self, drawn):
         return fer2013.dress(drawn, *self.options)
 
     def expected(self):
@@ -534,7 +534,7 @@ class TestOptions:
 
 
 class TestWriting:
-    def test_larger_colour_images_become_48_grey_pixels(self, drawn, tmp_path):  # noqa: F811
+    def test_larger_colour_images_become_48_grey_pixels(self, drawn, tmp_path):
         class Large:
             def read(self, rows):
                 return [np.full((96, 96, 3), (30, 60, 90), np.uint8) for _ in rows]
@@ -551,7 +551,7 @@ class TestWriting:
             fer2013.write(table, tmp_path / labelling)
             assert_same(table, fer2013.read(tmp_path / labelling, labelling), 0)
 
-    def test_what_cannot_be_written(self, drawn, tmp_path):  # noqa: F811
+    def test_what_cannot_be_written(self, drawn, tmp_path):
         dressed = fer2013.dress(drawn)
         reader = ChosenFaces(dressed.rows)
         with pytest.raises(DataError, match=r"rows must be 0, 1, 2, … in their order, found \[1, 2"):

@@ -12,7 +12,7 @@ from affect.data.expected import measure
 from affect.data.images import FileImages
 from affect.data.layouts import rafdb
 from affect.errors import ConfigError, DataError
-from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract, assert_same, drawn  # noqa: F401
+from tests.data.layouts.contract import DIALS, ChosenFaces, LayoutContract, assert_same
 
 LIST = "basic/EmoLabel/list_patition_label.txt"
 
@@ -26,7 +26,7 @@ class RafdbContract(LayoutContract):
     def read(self, root):
         return rafdb.read(root, self.subset, self.pictures)
 
-    def dress(self, drawn):  # noqa: F811
+    def dress(self, drawn):
         return rafdb.dress(drawn, self.subset, self.pictures)
 
     def expected(self):
@@ -227,6 +227,7 @@ class TestErrors:
         [
             ("10.5\t20\n", "", r"line 7: expected 8 lines .*found 7"),
             ("10.5\t20\n", "10.5\n", r"line 1: expected x and y of a point, found '10\.5'"),
+            ("30 21.5", "30 1e9", r"line 2: expected coordinates in pixels, found '1e9'"),
             ("30 21.5", "30 nan", r"line 2: expected a number, found 'nan'"),
             ("\n0\n0\n0\n", "\n3\n0\n0\n", r"line 6: expected gender from 0 to 2, found '3'"),
             ("\n0\n0\n0\n", "\n0\n-1\n0\n", r"line 7: expected race from 0 to 2, found '-1'"),
@@ -271,7 +272,7 @@ class TestErrors:
         with pytest.raises(ConfigError, match="pictures=align: did you mean aligned"):
             rafdb.read(tree, pictures="align")
 
-    def test_what_cannot_be_written(self, drawn, tmp_path):  # noqa: F811
+    def test_what_cannot_be_written(self, drawn, tmp_path):
         dressed = rafdb.dress(drawn)
         reader = ChosenFaces(dressed.rows)
         table = dressed.table
@@ -288,7 +289,7 @@ class TestErrors:
             rafdb.write(table.with_columns({"image": ["x/1.jpg"] * len(table)}), tmp_path, reader)
 
 
-def test_rows_without_any_annotation_survive_a_round_trip(drawn, tmp_path):  # noqa: F811
+def test_rows_without_any_annotation_survive_a_round_trip(drawn, tmp_path):
     dressed = rafdb.dress(drawn, "basic", "original")
     hidden = np.arange(len(dressed.table)) % 5 == 0
     columns = {name: (dressed.table.numbers(name)[0], ~hidden) for name in ("attribute_male", "landmarks_5", "box")}
