@@ -99,7 +99,8 @@ def run(config: DictConfig) -> None:
 
     console.print(findings_table(name, table, findings, contents))
     written = " and ".join(str(path) for path in (report, sheet) if path is not None)
-    console.print(f"written: {written}", soft_wrap=True, highlight=False)
+    # Without markup: it would swallow the brackets of lists and paths.
+    console.print(f"written: {written}", soft_wrap=True, highlight=False, markup=False)
     if wrong:
         keys = ",".join(finding.key for finding in wrong)
         shown = ", ".join(finding.key for finding in wrong[:6]) + (", …" if len(wrong) > 6 else "")
@@ -107,7 +108,7 @@ def run(config: DictConfig) -> None:
             f"{name}: {len(wrong)} {'errors' if len(wrong) > 1 else 'error'} ({shown}): training would be on the wrong "
             f"data; mend the tree, or accept what is meant so: {shlex.quote(f'accept=[{keys}]')}"
         )
-    console.print(f"next: {next_command(config, node, findings)}", soft_wrap=True, highlight=False)
+    console.print(f"next: {next_command(config, node, findings)}", soft_wrap=True, highlight=False, markup=False)
 
 
 # -------------------------------------------------------------------------------------------------- in training
@@ -133,7 +134,8 @@ def verified(config: DictConfig, sources: Sequence[Source], console: Console) ->
         everything += findings
         for finding in findings:
             if finding.level == WARNING:
-                console.print(f"[yellow]{source.name}[/yellow]: {finding.key}: {finding.sentence}", soft_wrap=True)
+                line = f"{source.name}: {finding.key}: {finding.sentence}"
+                console.print(Text(line, style=STYLES[WARNING]), soft_wrap=True, highlight=False)
         notes = [f"accepted: {f.key}: {f.sentence}" for f in findings if f.level == check.ACCEPTED]
         checked.append(dataclasses.replace(source, notes=(*source.notes, *notes)) if notes else source)
     check.require_known(everything, accept, elsewhere=True)

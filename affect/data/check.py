@@ -502,8 +502,8 @@ def examine_images(table: FaceTable, headers: Headers, total: int) -> list[Findi
 
 
 def size_counts(headers: Headers) -> dict[tuple[int, int], int]:
-    """Return the number of images of each (width, height), those of unknown size left out."""
-    known = headers.sizes[(headers.sizes > 0).all(1)]
+    """Return the number of images of each (width, height), those left out that cannot be used."""
+    known = headers.sizes[(headers.sizes > 0).all(1) & (headers.problems == "")]
     sizes, counts = np.unique(known, axis=0, return_counts=True)
     return {(int(w), int(h)): int(count) for (w, h), count in zip(sizes, counts, strict=True)}
 
