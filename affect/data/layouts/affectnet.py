@@ -89,6 +89,8 @@ _UNUSED = MappingProxyType({8: "expression is None (8)", 9: "expression is Uncer
 _SETS = MappingProxyType({"train": "train_set", "validation": "val_set"})
 _LISTS = MappingProxyType({"train": "training.csv", "validation": "validation.csv"})
 _MANUAL, _AUTOMATIC = "Manually_Annotated", "Automatically_Annotated"
+_FARTHEST = 1e5
+"""Coordinates beyond this many pixels are damage."""
 _POINTS = labels.SCHEMES["68"].points * 2
 _LANDMARKS = labels.SCHEMES["68"].column
 _FILE = re.compile(r"(\d+)_(exp|val|aro|lnd)\.npy")
@@ -144,6 +146,8 @@ def read(
                 f"{reading.root} holds the other release of AffectNet ({', '.join(other)}), not the {asked} one; use "
                 f"dataset={config}, or dataset.release=auto"
             )
+    if new and old:
+        reading.note(f"the root holds both releases of AffectNet; this is the {release} one")
     if release == "new" or (release == "auto" and new):
         if automatic:
             raise ConfigError("dataset.automatic=true: only the old release has photographs that a network labelled")
@@ -259,6 +263,10 @@ def _read_set(reading: Reading, folder: str, uncertain: str) -> _Rows:
             for start, values in _arrays(directory, names, width):
                 at = rows[start : start + len(values)]
                 if kind == "lnd":
+                    far = np.abs(values).max(1) > _FARTHEST
+                    if far.any():
+                        name = directory / names[start + int(np.argmax(far))]
+                        raise DataError(f"{name}: expected coordinates in pixels, found {np.abs(values).max():g}")
                     points[at], drawn[at] = values, True
                 else:
                     _require_range(directory, names[start : start + len(values)], kind, values[:, 0])
@@ -336,7 +344,7 @@ def _decode(header: bytes, bodies: Sequence[bytes], width: int) -> np.ndarray:
         if version != (1, 0):
             raise ValueError(f"version {version}")
         shape, _, kind = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
+    except Exception as error:  # a damaged header fails anywhere inside Python's own parser
         raise ValueError(f"expected a NumPy array of version 1, found {header[:8]!r}") from error
     if kind.hasobject or kind.kind not in "iufSU" or not kind.itemsize or int(np.prod(shape)) != width:
         raise ValueError(f"expected {'a number' if width == 1 else f'{width} numbers'}, found {kind} of shape {shape}")

@@ -557,6 +557,9 @@ class TestReleases:
             affectnet.read(mixed)
         assert "box" not in affectnet.read(mixed, release="new").names
         assert "box" in affectnet.read(mixed, release="old").names
+        assert affectnet.read(mixed, release="old").metadata["notes"] == [
+            "the root holds both releases of AffectNet; this is the old one",
+        ]
 
     def test_the_other_release_is_named(self, tmp_path):
         Old(tmp_path / "old")

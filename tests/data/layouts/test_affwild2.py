@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from affect import labels
+from affect.data.expected import measure
 from affect.data.layouts import affwild2
 from affect.data.layouts.common import write_lines
 from affect.data.table import FaceTable
@@ -33,6 +34,14 @@ class TestAllTracks(LayoutContract):
         assert not table.strings("part_va")[1].all()
         for name in ("valence", "au12_occurrence"):
             assert table.numbers(name)[1].any()
+
+    def test_published_counts_count_labels_and_videos(self, table):
+        known, parts = table.strings("expression")[1], table.strings("part_expr")[0]
+        wanted = int((known & (parts == "validation")).sum())
+        assert 0 < wanted < known.sum()
+        assert measure(table, "labelled/expression/part_expr=validation") == wanted
+        sequences = table.strings("sequence")[0][parts == "validation"]
+        assert measure(table, "distinct/sequence/part_expr=validation") == len(set(sequences))
 
     def test_two_people_of_a_video_are_one_group(self, table):
         sequences, videos = table.strings("sequence")[0], table.strings("video")[0]
