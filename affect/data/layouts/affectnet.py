@@ -265,8 +265,8 @@ def _read_set(reading: Reading, folder: str, uncertain: str) -> _Rows:
                 if kind == "lnd":
                     far = np.abs(values).max(1) > _FARTHEST
                     if far.any():
-                        name = directory / names[start + int(np.argmax(far))]
-                        raise DataError(f"{name}: expected coordinates in pixels, found {np.abs(values).max():g}")
+                        damaged = directory / names[start + int(np.argmax(far))]
+                        raise DataError(f"{damaged}: expected coordinates in pixels, found {np.abs(values).max():g}")
                     points[at], drawn[at] = values, True
                 else:
                     _require_range(directory, names[start : start + len(values)], kind, values[:, 0])
