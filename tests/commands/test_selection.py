@@ -309,3 +309,26 @@ def test_the_runs_own_test_part_is_evaluated_alike_and_another_part_is_refused(r
     assert again["missing_faces"]["test"] == results(refit)["missing_faces"]["test"]
     with pytest.raises(DataError, match=r"trained on 5 people of disfa among these rows: SN001, SN002"):
         evaluate.run(evaluation(refit, tmp_path / "out", "+protocol.test=P1"))
+
+
+def test_a_training_on_two_sets_of_the_same_people_stops_with_the_names(table: Path, tmp_path: Path) -> None:
+    plus = write_faces(tmp_path / "plus", "disfa", ["SN001", "SN011"], {})
+    several = [
+        *("dataset=concat", "+dataset@dataset.sources.disfa=table", "+dataset@dataset.sources.plus=table"),
+        *(f"dataset.sources.disfa.table={table}", f"dataset.sources.plus.table={plus}"),
+        *("dataset.sources.disfa.name=disfa", "dataset.sources.plus.name=plus"),
+        "+dataset.sources.plus.protocol={train_only: true}",
+    ]
+    base = [
+        *("debug=fast", "prepare=none", "task=[au]", "encoder=timm", "encoder.name=test_resnet", "logger=none"),
+        *("encoder.image_size=32", "protocol=default", "protocol.test=P3", "callbacks.progress=null"),
+        *("trainer.enable_progress_bar=false", f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}"),
+    ]
+    with pytest.raises(DataError, match=r"1 people of disfa lie in two parts, e\.g\. in test of disfa and (train|validation) of plus: SN011; "):
+        train.run(compose_config("train", [*base, *several]))
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+    marked = compose_config("train", [*base, *several, "protocol.allow_leak=true", "bootstrap.resamples=0"])
+    train.run(marked)
+    found = results(tmp_path / "run")
+    assert "SN011" in found["data"]["leaks"][0]
+    assert "LEAK: 1 people of disfa" in (tmp_path / "run" / "release" / "README.md").read_text()
