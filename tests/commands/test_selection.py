@@ -324,7 +324,8 @@ def test_a_training_on_two_sets_of_the_same_people_stops_with_the_names(table: P
         *("encoder.image_size=32", "protocol=default", "protocol.test=P3", "callbacks.progress=null"),
         *("trainer.enable_progress_bar=false", f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}"),
     ]
-    with pytest.raises(DataError, match=r"1 people of disfa lie in two parts, e\.g\. in test of disfa and (train|validation) of plus: SN011; "):
+    message = r"1 people of disfa lie in two parts, e\.g\. in test of disfa and (train|validation) of plus: SN011; "
+    with pytest.raises(DataError, match=message):
         train.run(compose_config("train", [*base, *several]))
     assert not (tmp_path / "run" / "last.ckpt").exists()
     marked = compose_config("train", [*base, *several, "protocol.allow_leak=true", "bootstrap.resamples=0"])
