@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect benchmark step|loader|faces``: ratios from one run, printed as a table and stored as JSON."""
+"""``affect benchmark step|loader|faces|table``: ratios from one run, printed as a table and stored as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import faces, loader, step
+from affect.commands.benchmarks import faces, loader, step, table
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.report import environment, write_json
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "step": step.measure,
     "loader": loader.measure,
     "faces": faces.measure,
+    "table": table.measure,
 }
 
 
@@ -32,12 +33,12 @@ def run(config: DictConfig) -> None:
     torch.set_num_threads(int(config.threads))
     rows = BENCHMARKS[config.what](bool(config.quick))
     console = Console()
-    table = Table(title=f"benchmark {config.what}")
+    shown = Table(title=f"benchmark {config.what}")
     for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        shown.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
+        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(shown)
     out = Path(config.out) if config.out else Path("benchmarks") / f"{config.what}.json"
     write_json(
         out, {"benchmark": config.what, "threads": int(config.threads), "rows": rows, "environment": environment()}

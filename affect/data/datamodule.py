@@ -292,6 +292,7 @@ class FaceDataModule(pl.LightningDataModule):
         self._usable: list[np.ndarray] = []
         self._dropped: dict[str, int] = {}
         self._codes: dict[int, np.ndarray] = {}
+        self._counts: dict[str, LabelCounts] = {}
         self._divisions: list[Division] | None = None
         self._assigned: dict[str, list[np.ndarray]] | None = None
         self._start = (0, 0)
@@ -400,7 +401,8 @@ class FaceDataModule(pl.LightningDataModule):
         require_parts(self.sources, [{p: parts[p][k] for p in PARTS} for k in range(len(self.sources))], self.protocols)
         training = parts[TRAIN]
         for name, task in self.tasks.items():
-            for note in require_variety(name, task, count_labels(task, self.sources, training)):
+            self._counts[name] = count_labels(task, self.sources, training)
+            for note in require_variety(name, task, self._counts[name]):
                 _log.warning("%s", note)
                 self.notes.append(note)
             if _needs_fit(task):
@@ -563,7 +565,7 @@ class FaceDataModule(pl.LightningDataModule):
             except DataError:
                 continue  # A table that is only evaluated need not be splittable.
             groups = sum(self._groups(k, chosen) for k, chosen in enumerate(rows))
-            labels = {name: self._label_summary(task, rows) for name, task in self.tasks.items()}
+            labels = {name: self._label_summary(name, part, rows) for name in self.tasks}
             parts[part] = {
                 "rows": sum(len(chosen) for chosen in rows),
                 "groups": groups,
@@ -600,8 +602,10 @@ class FaceDataModule(pl.LightningDataModule):
             self._codes[index] = group_codes(source.table, self.protocols[index].group or source.group)[0]
         return int(np.count_nonzero(np.bincount(self._codes[index][rows]))) if len(rows) else 0
 
-    def _label_summary(self, task: Task, rows: Sequence[np.ndarray]) -> dict[str, Any]:
-        counts = count_labels(task, self.sources, rows)
+    def _label_summary(self, name: str, part: str, rows: Sequence[np.ndarray]) -> dict[str, Any]:
+        task = self.tasks[name]
+        known = self._counts.get(name) if part == TRAIN and self.limit is None else None
+        counts = count_labels(task, self.sources, rows) if known is None else known
         if task.landmark_scheme is not None:
             return {"labelled": int(counts.labelled.sum())}
         means = np.divide(counts.total, counts.labelled, out=np.zeros(len(counts.total)), where=counts.labelled > 0)

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -132,6 +134,11 @@ class AUIntensity(_ActionUnits):
         return output.clamp(0, 5)
 
 
+def _counted(names: np.ndarray) -> dict[str, int]:
+    """Return how often each text occurs; millions of them in a fraction of the time of a sort."""
+    return {one["values"]: one["counts"] for one in pc.value_counts(pa.array(names, pa.string())).to_pylist()}
+
+
 class Expression(Task):
     """One of C classes, or a distribution over them, represented by logits.
 
@@ -192,9 +199,8 @@ class Expression(Task):
             target, valid = self._distribution(source, rows)
         else:
             named, given = source.strings("expression", rows)
-            index = {name: k for k, name in enumerate(classes)}
-            found, inverse = np.unique(named.astype(str), return_inverse=True)
-            where = np.array([index.get(name, -1) for name in found], np.int64)[inverse]
+            found = pc.index_in(pa.array(named, pa.string()), value_set=pa.array(classes, pa.string()))
+            where = found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
             valid = given & (where >= 0)
             target = np.zeros((len(named), len(classes)), np.float32)
             target[np.flatnonzero(valid), where[valid]] = 1
@@ -221,8 +227,8 @@ class Expression(Task):
         found = []
         if "expression" in source.names:
             named, valid = source.strings("expression")
-            names, counts = np.unique(named[valid].astype(str), return_counts=True)
-            foreign = {n: c for n, c in zip(names.tolist(), counts.tolist(), strict=True) if n not in self.outputs}
+            counts = {str(name): count for name, count in sorted(_counted(named[valid]).items())}
+            foreign = {name: count for name, count in counts.items() if name not in self.outputs}
             if foreign:
                 listed = ", ".join(f"{name} {count}" for name, count in foreign.items())
                 found.append(f"{sum(foreign.values())} rows have an expression that is no class of the task ({listed})")
@@ -242,7 +248,7 @@ class Expression(Task):
         if "expression" in source.names:
             named, valid = source.strings("expression")
             known = set(self.outputs) | set(source.expressions)
-            for name in np.unique(named[valid].astype(str)).tolist():
+            for name in sorted(_counted(named[valid])):
                 if name not in known:
                     row = int(np.flatnonzero(valid & (named == name))[0])
                     raise DataError(f"column expression, row {row}: unknown class {name!r}; {near(name, known)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from affect.commands.main import main
@@ -51,14 +52,44 @@ def test_an_unknown_benchmark_names_the_known_ones(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["step", "loader", "faces"])
+@pytest.mark.parametrize("what", ["step", "loader", "faces", "table"])
 def test_benchmarks_write_their_rows(what: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     assert main(["benchmark", what, "quick=true", f"out={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert rows
-    if what != "faces":
+    if what in ("step", "loader"):
         assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_the_synthetic_table_has_the_columns_of_the_dataset_and_gaps_in_its_labels() -> None:
+    from affect.commands.benchmarks import table
+
+    made = table.build_table(90, frames=30)
+    assert made.codes("video")[1].tolist() == ["video0000", "video0001", "video0002"]
+    assert made.strings("image", np.array([31]))[0].tolist() == ["cropped_aligned/video0001/00002.jpg"]
+    for name in ("expression", "valence", "au12_occurrence"):
+        assert 0.1 < made.column(name).null_count / 90 < 0.6
+    assert made.column("part").null_count == 0
+
+
+def test_the_table_benchmark_reads_what_the_layout_writes(tmp_path: Path) -> None:
+    from affect.commands.benchmarks import table
+
+    seconds, rows = table.reading_time(tmp_path, 2, 20)
+    assert seconds > 0
+    assert 20 < rows <= 40
+
+
+def test_unique_memory_counts_what_a_process_alone_holds() -> None:
+    import os
+
+    from affect.commands.benchmarks import table
+
+    before = table.unique_memory(os.getpid())
+    held = np.ones(64 << 17)
+    assert 50 < table.unique_memory(os.getpid()) - before < 80
+    del held
 
 
 def test_teaching_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
