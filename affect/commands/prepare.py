@@ -56,9 +56,9 @@ def run(config: DictConfig) -> None:
         config.format,
         int(config.quality),
     )
+    _ = work.finder  # what is missing is said once, here, before anything is written
     models = {"detector": OWN, "provider": OWN} if detector is None else describe_finder(detector, provider)
     prepare.claim(work, models)
-    _ = work.finder  # what is missing is said once, here, and not by each process
     units = prepare.plan(table)
     if not config.merge:
         mine = units if shard is None else [unit for k, unit in enumerate(units) if k % shard[1] == shard[0]]

@@ -40,15 +40,20 @@ def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -
         prepared: ``paths.prepared``.
 
     Raises:
-        ConfigError: If it is not there, with the command that makes it.
+        ConfigError: If it is not there or older than the user's own table, with the command that makes it.
     """
     name = str(node.get("name", "dataset"))
     if prepared is None:
         raise ConfigError("paths.prepared is empty: name the folder that affect prepare wrote to")
+    arguments, command = read_arguments(node), prepare_command(node, recipe, prepared)
     try:
-        return find_prepared(prepared, name, recipe, read_arguments(node))
+        table = find_prepared(prepared, name, recipe, arguments)
     except DataError as error:
-        raise ConfigError(f"{error}; run: {prepare_command(node, recipe, prepared)}") from error
+        raise ConfigError(f"{error}; run: {command}") from error
+    written = Path(str(arguments.get("table") or "")).expanduser()
+    if written.is_file() and table.path is not None and written.stat().st_mtime_ns > table.path.stat().st_mtime_ns:
+        raise ConfigError(f"{written} was changed after {name} was prepared; run: {command} (crops are kept)")
+    return table
 
 
 def read_arguments(node: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 
@@ -123,6 +124,30 @@ def test_cropping_while_loading_needs_points_or_boxes(delivered, tmp_path):
         sources(*keys, "prepare=similarity")
     with pytest.raises(ConfigError, match="has no boxes to crop by"):
         sources(*keys, "prepare=box")
+
+
+def test_labels_that_changed_after_preparing_are_read_again(delivered, tmp_path):
+    table = FaceTable.open(delivered / "labels.arrow").with_columns({"au12_occurrence": np.zeros(12)})
+    FaceTable(table.arrow, delivered, {}).save(tmp_path / "mine.arrow")
+    keys = ["dataset=table", "dataset.table=mine.arrow", "prepare=box5", "prepare.provider=annotations"]
+    assert main(["prepare", *keys, "workers=0"]) == 0
+    (source,) = sources(*keys)
+    assert not source.table.numbers("au12_occurrence")[0].any()
+    changed = table.with_columns({"au12_occurrence": np.ones(12)})
+    FaceTable(changed.arrow, delivered, {}).save(tmp_path / "mine.arrow")
+    with pytest.raises(ConfigError, match=r"mine.arrow was changed after table was prepared; run: affect prepare"):
+        sources(*keys)
+    assert main(["prepare", *keys, "workers=0"]) == 0
+    (source,) = sources(*keys)
+    assert source.table.numbers("au12_occurrence")[0].all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("facenet_pytorch") is not None, reason="the package is installed")
+def test_a_detector_that_is_missing_leaves_nothing_behind(delivered, tmp_path, capsys):
+    keys = ["dataset=table", f"dataset.table={delivered / 'labels.arrow'}", "prepare=mtcnn_256_224", "workers=0"]
+    assert main(["prepare", *keys]) == 2
+    assert "facenet-pytorch==2.6.0" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("recipe.json"))
 
 
 def test_faces_of_one_photograph_stay_together_as_crops(delivered, tmp_path):
