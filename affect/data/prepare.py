@@ -601,7 +601,9 @@ def _joined(work: Work, found: pa.Table, read: Mapping[str, Any]) -> FaceTable:
     if not len(rows):
         first = found["error"].drop_null()
         raise DataError(f"none of {len(source)} images can be read (first: {first[0].as_py() if len(first) else '?'})")
-    kept, found = source.take(rows), found.filter(pa.array(has_crop)).combine_chunks()
+    kept = source
+    if len(rows) < len(source):
+        kept, found = source.take(rows), found.filter(pa.array(has_crop)).combine_chunks()
 
     def column(name: str) -> pa.Array:
         return found[name].chunk(0) if found[name].num_chunks else pa.array([], found[name].type)
@@ -615,16 +617,15 @@ def _joined(work: Work, found: pa.Table, read: Mapping[str, Any]) -> FaceTable:
         "faces_found": column("faces"),
         "crop_matrix": column("matrix"),
     }
-    measured: dict[str, ColumnLike] = {}
+    measured: dict[str, str] = {}
     scheme = next((name for name in column("scheme").unique().to_pylist() if name is not None), None)
     if scheme is not None:
-        measured[labels.SCHEMES[scheme].column] = _numbers(column("points"))
-        measured["box"] = _numbers(column("box"))
+        measured = {labels.SCHEMES[scheme].column: "points", "box": "box"}
     poses = [f"pose_{angle}" for angle in labels.POSE_ANGLES]
     if column(poses[0]).null_count < len(kept):
-        measured |= {name: _numbers(column(name)) for name in poses}
+        measured |= {name: name for name in poses}
     from_finder = sorted(set(measured) - kept.names)  # labels of the dataset itself are never replaced
-    everything: dict[str, Any] = {name: measured[name] for name in from_finder}
+    everything = {name: _numbers(column(measured[name])) for name in from_finder}
     pixels = ["box", *(labels.SCHEMES[name].column for name in labels.SCHEMES)]
     everything |= {name: kept.numbers(name) for name in [*pixels, "pose_roll"] if name in kept.names}
     for name, (values, valid) in everything.items():
@@ -646,6 +647,8 @@ def _joined(work: Work, found: pa.Table, read: Mapping[str, Any]) -> FaceTable:
     if unreadable:
         skipped[UNREADABLE] = skipped.get(UNREADABLE, 0) + len(unreadable)
         examples[UNREADABLE] = unreadable[:10]
+    if source.expressions:
+        metadata["expressions"] = list(source.expressions)
     metadata |= {
         "skipped": skipped,
         "skipped_examples": examples,
