@@ -27,7 +27,7 @@ left out.
 The box decides how hard the benchmark is. ``box="points"`` takes the tight box of the true points, as most of the
 literature does; ``box="detector"`` the official detector's, which is harder. What was taken stands in the notes.
 
-Columns: ``image``, ``part``, ``collection`` (the folder), ``landmarks_68``, ``box``.
+Columns: ``image``, ``part``, ``collection`` (the folder, as ``helen_trainset``), ``landmarks_68``, ``box``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
             continue
         detected = _detector_boxes(reading, collection) if box == "detector" else {}
         for image, annotation in _pairs(reading, folder):
-            rows.append((f"{folder}/{image}", part, collection))
+            rows.append((f"{folder}/{image}", part, _plain(collection)))
             points.append(_read_points(reading, f"{folder}/{annotation}"))
             boxes.append(detected.get(image.casefold()))
     found = np.stack(points) if points else np.empty((0, POINTS, 2))
@@ -133,6 +133,11 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
 def _check(box: str) -> None:
     if box not in BOXES:
         raise ConfigError(f"dataset.box={box}: unknown; {near(str(box), BOXES)}")
+
+
+def _plain(collection: str) -> str:
+    """Return a folder's name as column ``collection`` has it, e.g. ``helen_trainset``."""
+    return collection.replace("/", "_")
 
 
 def _as_spelled(root: Path) -> list[str]:
@@ -208,7 +213,7 @@ def _detector_boxes(reading: Reading, collection: str) -> dict[str, np.ndarray]:
     if collection.startswith("300W"):
         return {}
     folder = _spelled(reading, _BOX_FOLDER) or _BOX_FOLDER
-    name = f"bounding_boxes_{collection.replace('/', '_')}.mat"
+    name = f"bounding_boxes_{_plain(collection)}.mat"
     path = reading.touch(reading.root / folder / name)
     if not path.is_file():
         raise DataError(f"{path}: no such file; dataset.box=detector needs it, dataset.box=points does not")
@@ -264,7 +269,7 @@ def _write_boxes(table: FaceTable, root: Path, names: np.ndarray, collections: n
     for collection in COLLECTIONS:
         if collection.startswith("300W"):
             continue
-        rows = np.flatnonzero((collections == collection) & known)
+        rows = np.flatnonzero((collections == _plain(collection)) & known)
         cells = np.empty((1, len(rows)), object)
         for k, row in enumerate(rows):
             cells[0, k] = {
@@ -272,7 +277,7 @@ def _write_boxes(table: FaceTable, root: Path, names: np.ndarray, collections: n
                 "bb_detector": squares[row].astype(np.float64)[None] + 1,
                 "bb_ground_truth": tight[row].astype(np.float64)[None] + 1,
             }
-        name = f"bounding_boxes_{collection.replace('/', '_')}.mat"
+        name = f"bounding_boxes_{_plain(collection)}.mat"
         write_bytes(root / _BOX_FOLDER / name, encode_matrices({"bounding_boxes": cells}))
 
 
@@ -329,7 +334,7 @@ def dress(faces: FaceTable, box: str = "points") -> Dressed:
         {
             "image": np.array(names, object),
             "part": np.array([COLLECTIONS[folder][0] for folder in folders], object),
-            "collection": folders,
+            "collection": np.array([_plain(folder) for folder in folders], object),
             "landmarks_68": chosen_points,
             "box": (squares.astype(np.float32), boxed),
         },
@@ -353,7 +358,7 @@ def expected() -> tuple[Expected, ...]:
         parts[part] = parts.get(part, 0) + count
     return tuple(
         Expected(key, count, source, found=False)
-        for key, count in _counts(parts, {name: count for name, (_, count) in COLLECTIONS.items()})
+        for key, count in _counts(parts, {_plain(name): count for name, (_, count) in COLLECTIONS.items()})
     )
 
 
