@@ -41,6 +41,7 @@ import pyarrow as pa
 
 from affect import __version__, labels
 from affect.data.archives import SEPARATOR, ShardImages, split_member
+from affect.data.check import SYNTHETIC
 from affect.data.dataset import alignment_scheme, turned
 from affect.data.images import FileImages, ImageReader, open_pictures
 from affect.data.placing import CENTRE, FOUND, NEIGHBOUR, Placed, Placer
@@ -580,6 +581,10 @@ def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any]) -> FaceTab
     stacked = pa.concat_tables([_one_scheme(part, parts) for part in parts])
     order = np.concatenate([unit.rows for unit in units])
     stacked = stacked.take(pa.array(np.argsort(order, kind="stable"))).combine_chunks()
+    note = work.table.root / SYNTHETIC
+    if note.is_file():  # crops of drawn faces say so too
+        with replacing(work.folder / SYNTHETIC) as copy:
+            copy.write_bytes(note.read_bytes())
     table = _joined(work, stacked, read)
     return table.save(table_path(work.folder, read))
 

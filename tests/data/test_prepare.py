@@ -16,6 +16,7 @@ import pytest
 
 from affect.data import faces, placing, prepare
 from affect.data.archives import ShardImages, VideoImages
+from affect.data.check import SYNTHETIC, is_synthetic
 from affect.data.dataset import FaceDataset
 from affect.data.faces import FaceDials, FaceImages
 from affect.data.images import FileImages, Source, read_image
@@ -229,6 +230,14 @@ def test_unreadable_images_are_counted_and_named(photographs, tmp_path):
     assert "F001_T1/2.png" not in set(table.strings("source_image")[0])
     with pytest.raises(DataError, match="none of 18 images can be read"):
         prepared(FaceTable(photographs.arrow, tmp_path / "no", photographs.metadata), tmp_path / "out2")
+
+
+def test_crops_of_drawn_faces_say_so(photographs, tmp_path):
+    shutil.copytree(photographs.root, tmp_path / "drawn")
+    drawn = FaceTable(photographs.arrow, tmp_path / "drawn", {})
+    assert not is_synthetic(prepared(drawn, tmp_path / "out").root)
+    (tmp_path / "drawn" / SYNTHETIC).write_text("drawn")
+    assert is_synthetic(prepared(drawn, tmp_path / "out").root)
 
 
 def test_several_rows_of_one_image_have_crops_of_their_own(tmp_path):
