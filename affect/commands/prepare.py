@@ -62,8 +62,8 @@ def run(config: DictConfig) -> None:
     units = prepare.plan(table)
     if not config.merge:
         mine = units if shard is None else [unit for k, unit in enumerate(units) if k % shard[1] == shard[0]]
-        count = os.cpu_count() if config.workers is None else int(config.workers)
-        _with_progress(console, work, mine, count or 1, name)
+        workers = (os.cpu_count() or 1) if config.workers is None else int(config.workers)
+        _with_progress(console, work, mine, workers, name)
     if shard is not None:
         left = len(prepare.missing_units(work, units))
         console.print(

@@ -721,7 +721,7 @@ def _why_not_there(folder: Path, dataset: str, recipe: CropRecipe, read: Mapping
     if tables:
         there = [dict(FaceTable.open(path).metadata.get("read") or {}) for path in tables]  # type: ignore[arg-type, call-overload]
         return f"{said} as it is read here: {_nearest(there, wanted, 'dataset.')}"
-    if (folder / "units").is_dir():
+    if (folder / "recipe.json").is_file():  # claimed, perhaps without a unit that is done
         return f"{said} to the end: {folder} has no table yet, run affect prepare again (merge=true behind shard=i/n)"
     recipes = [json.loads(path.read_text())["recipe"] for path in sorted(folder.parent.glob("*/recipe.json"))]
     if recipes:
