@@ -40,7 +40,9 @@ TRUSTED_ROOMS = ("affect.tasks", "affect.metrics", "affect.models", "affect.enco
 
 DATASET_TARGETS = ("affect.data.faces.FaceDials", "affect.data.faces.FaceImages", "affect.geometry.CropRecipe")
 DATASET_ROOM, DATASET_FUNCTIONS = "affect.data.layouts", ("read", "images", "expected")
-"""What a stored dataset may name: these classes, and these functions of a layout that lists them in ``__all__``."""
+CONTROLLED_ROOM = "affect.data.controlled"
+"""What a stored dataset may name: these classes, these functions of a layout that lists them in ``__all__``, and what a
+module of controlled data lists there."""
 
 REFUSED_KEYS = ("_args_", "_partial_", "_recursive_", "_convert_")
 FILE_KEYS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -275,7 +277,8 @@ def _may_be_in_release(module: str, name: str) -> bool:
 def _may_be_in_dataset(module: str, name: str) -> bool:
     if f"{module}.{name}" in DATASET_TARGETS:
         return True
-    if not module.startswith(f"{DATASET_ROOM}.") or name not in DATASET_FUNCTIONS:
+    layout = module.startswith(f"{DATASET_ROOM}.") and name in DATASET_FUNCTIONS
+    if not layout and not module.startswith(f"{CONTROLLED_ROOM}."):
         return False
     return inspect.isfunction(_public(module, name))
 

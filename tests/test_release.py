@@ -187,6 +187,8 @@ def test_trust_covers_what_a_package_defines_not_what_it_imports(folder: Path, t
         ({"_target_": "affect.data.layouts.orl.importlib.import_module", "name": "this"}, "not on the list"),
         ({"_target_": "affect.data.layouts.table.write", "path": "x.csv"}, "not on the list"),
         ({"_target_": "affect.data.faces.write_files", "folder": "x"}, "not on the list"),
+        ({"_target_": "affect.data.controlled.binary_tasks.vector_table"}, "not on the list"),
+        ({"_target_": "affect.data.controlled.vectors.math.ceil"}, "not on the list"),
         ({"_target_": "affect.data.layouts.table.read", "table": {"_target_": "os.getcwd"}}, r"trust=\[os\]"),
         ({"_target_": "affect.data.layouts.table.read", "_partial_": True}, "not allowed"),
         ({"_target_": "affect.data.layouts.table.read", "table": "${oc.env:HOME}"}, "interpolation"),
@@ -204,6 +206,13 @@ def test_a_stored_dataset_may_name_files_of_the_user() -> None:
     images = {"_target_": "affect.data.layouts.faces.images", "dials": dials, "cache": "/home/me/cache"}
     table = {"_target_": "affect.data.layouts.table.read", "table": "../labels.csv", "root": "~/faces"}
     check_config([{"read": read, "images": images}, {"read": table}], (), "config.yaml", dataset=True)
+
+
+def test_a_stored_dataset_may_name_controlled_data() -> None:
+    nodes = [{"_target_": f"affect.data.controlled.binary_tasks.{name}"} for name in ("dyadic", "images")]
+    check_config(nodes, (), "config.yaml", dataset=True)
+    with pytest.raises(CheckpointError, match="not on the list"):
+        check_config(nodes, (), "config.yaml")
 
 
 def test_weights_are_off_in_every_node_of_a_model() -> None:

@@ -84,6 +84,11 @@ class LabelCounts(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
+    @property
+    def rates(self) -> np.ndarray:
+        """Mean label of each output, float64 ``(K,)``; NaN where none is labelled."""
+        return np.divide(self.total, self.labelled, out=np.full(len(self.total), np.nan), where=self.labelled > 0)
+
 
 def count_labels(task: Task, sources: Sequence[Source], rows: Sequence[np.ndarray]) -> LabelCounts:
     """Return statistics of a task's labels in ``rows`` of ``sources``, block by block, so that memory stays flat.
@@ -405,6 +410,8 @@ class FaceDataModule(pl.LightningDataModule):
             for note in require_variety(name, task, self._counts[name]):
                 _log.warning("%s", note)
                 self.notes.append(note)
+            if task.landmark_scheme is None:
+                task.rates = self._counts[name].rates
             if _needs_fit(task):
                 encoded = [
                     task.encode(source.table, rows)

@@ -348,6 +348,18 @@ def test_partly_constant_labels_are_noted():
     ]
 
 
+def test_tasks_know_the_rates_of_their_coded_training_cells():
+    coded = [None if k % 3 == 0 else float(k % 4 == 0) for k in range(60)]
+    table = samples.table(60, subjects=12).with_columns({"au01_occurrence": coded, "au12_occurrence": [1.0] * 60})
+    data = module([source(table=table)], {"au": AUOccurrence([1, 4, 12]), "points": Landmarks("68")})
+    data.setup("fit")
+    rows = data.part_rows("train")[0]
+    values, valid = table.numbers("au01_occurrence", rows)
+    assert 0 < valid.sum() < len(rows)
+    np.testing.assert_allclose(data.tasks["au"].rates, [values[valid].mean(), np.nan, 1.0])
+    assert data.tasks["points"].rates is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
