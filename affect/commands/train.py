@@ -194,7 +194,7 @@ def _train(
     check_monitor(config, module)
     taken = None
     if config.init:
-        taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].recipe)
+        taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].described)
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history], None if chosen is None else chosen["epochs"])
     by_score = config.selection in ("best_val", "best_on_test")
