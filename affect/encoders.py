@@ -256,6 +256,8 @@ class PixelVector(nn.Module):
         high: Number that the largest bytes stand for.
         layers: Units of hidden layers; none gives the vector itself.
         plain: Layers are linear alone, without ReLU and batch norm.
+        pretrained: There are no such weights: always False.
+        weights: There are no such weights: always None.
 
     Attributes:
         num_features: Channels of the output.
@@ -271,8 +273,12 @@ class PixelVector(nn.Module):
         high: float = 2.0,
         layers: Sequence[int] = (),
         plain: bool = False,
+        pretrained: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
+        if pretrained or weights:
+            raise ConfigError("encoder=pixel_vector has no pretrained weights; leave encoder.weights and .pretrained")
         if 2 * features > 3 * image_size**2:
             raise ConfigError(f"encoder: {features} numbers do not fit an image of {image_size} px")
         self.features, self.image_size, self.low, self.high = features, int(image_size), float(low), float(high)

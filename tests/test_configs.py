@@ -27,7 +27,8 @@ NEEDS = {
 ELSEWHERE = ("trainer", "read", "images", "encoder")
 FRAMEWORK_ARGUMENTS = {
     "tasks", "optimizer", "scheduler", "weighting", "objectives", "self", "args", "kwargs", "params", "total_steps",
-    "loss", "metrics", "target", "weight", "score", "common", "clean", "check_images", "last_epoch",
+    "loss", "metrics", "target", "weight", "score", "common", "clean", "check_images", "last_epoch", "table",
+    "steps_per_epoch",
 }  # fmt: skip
 """Arguments that the framework fills in, and those that a task's own keys hold."""
 
