@@ -19,7 +19,7 @@ from affect.errors import ConfigError, DataError, near
 from affect.geometry import invert, transform_points
 from affect.metrics import Answers, evaluate, evaluate_sums
 from affect.models.base import AffectModule
-from affect.tasks import AUIntensity, AUOccurrence, Encoded, Task
+from affect.tasks import AUIntensity, AUOccurrence, Encoded, Expression, Task
 from affect.tasks.base import require_own_columns
 
 CARRIED = ("subject", "sequence", "frame", "image", FACE)
@@ -117,7 +117,9 @@ def predictions_table(
     columns.update({column: cells.tolist() for column, cells in merged.items()})
     columns["row"] = rows
     first = sources[int(source_index[0])] if len(source_index) else sources[0]
-    expressions = next((list(t.outputs) for t in tasks.values() if t.softmax), list(first.table.expressions))
+    expressions = next(
+        (list(t.outputs) for t in tasks.values() if isinstance(t, Expression)), list(first.table.expressions)
+    )
     metadata: dict[str, Any] = {
         "dataset": first.name,
         "expressions": expressions,

@@ -24,7 +24,7 @@ from affect.geometry import CropRecipe, FaceObservation, invert, transform_point
 from affect.models.base import AffectModule
 from affect.release import build_model, build_tasks, read_release
 from affect.report.figures import FaceNote, annotate_faces, save_image
-from affect.tasks import Task, ValenceArousal
+from affect.tasks import Expression, Task, ValenceArousal
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 ANNOTATED = "annotated"
@@ -197,7 +197,7 @@ def note(observation: FaceObservation, row: dict[str, Any], tasks: dict[str, Tas
         shown, full = task.bars(row)
         if shown:
             bars, limit = bars | shown, max(limit, full)
-        if task.softmax:
+        if isinstance(task, Expression):
             name = row["expression"]
             expression = (str(name), float(row[f"expression_{str(name).replace(' ', '_')}"]))
         elif isinstance(task, ValenceArousal):

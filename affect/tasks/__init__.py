@@ -2,6 +2,7 @@
 """What can be predicted from a face, and the one contract that tables, models, losses and metrics share."""
 
 from affect.tasks.base import Columns, Encoded, TargetTransform, Task
+from affect.tasks.category import Category
 from affect.tasks.kinds import (
     Attributes,
     AUIntensity,
@@ -20,6 +21,7 @@ __all__ = [
     "AUIntensity",
     "AUOccurrence",
     "Attributes",
+    "Category",
     "Coefficients",
     "Columns",
     "Encoded",
