@@ -28,7 +28,7 @@ class History(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch; Lightning calls this before the checkpoint of the epoch is written."""
-        losses = pl_module.epoch_losses("train")
+        losses = pl_module.epoch_losses("train") | pl_module.readings()
         pl_module.log_dict(losses, rank_zero_only=True)
         values = losses | dict(getattr(pl_module, "last_validation", {}))
         self.epochs.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | values)

@@ -13,12 +13,18 @@ import torch
 from affect.commands.inference import encode_truth
 from affect.data.datamodule import FaceDataModule
 from affect.data.table import FaceTable
+from affect.files import replacing
 from affect.metrics import confusion_matrix
 from affect.models.base import AffectModule
+from affect.models.tokens import TokenModule, token_names
 from affect.report import figures as draw
+from affect.report import markdown, order_table
 from affect.tasks import AUOccurrence, Coefficients, Task, ValenceArousal, to_pixels
 
 SHEET = 24
+
+SIGMA = "weighting/sigma/"
+"""Start of the names of learned standard deviations in the history of a run."""
 
 
 def write_run_figures(
@@ -27,8 +33,9 @@ def write_run_figures(
     history: Sequence[Mapping[str, float]],
     datamodule: FaceDataModule,
     module: AffectModule,
+    loggers: Sequence[Any] = (),
 ) -> None:
-    """Write the figures of a finished run to ``<output>/figures``."""
+    """Write the figures of a finished run to ``<output>/figures``; what the model found goes to the loggers too."""
     folder = output / "figures"
     curves: dict[str, list[tuple[float, float]]] = {}
     for epoch in history:
@@ -37,6 +44,8 @@ def write_run_figures(
                 curves.setdefault(name, []).append((epoch["epoch"] + 1, value))
     selection = results["selection"]
     best = selection["epoch"] + 1 if selection["epoch"] is not None else None
+    sigmas = {name.removeprefix(SIGMA): curves.pop(name) for name in list(curves) if name.startswith(SIGMA)}
+    write_findings(folder, results["findings"], sigmas, best, loggers, len(history))
     monitor = selection["monitor"] if selection["monitor"] in curves else None
     draw.save(draw.training_curves(curves, best=best, monitor=monitor), folder / "training_curves.png")
 
@@ -48,6 +57,10 @@ def write_run_figures(
         draw.save(sheet, folder / "samples.png")
 
     part = "test" if "test" in results["metrics"] else "validation"
+    if isinstance(module, TokenModule):
+        batch = first_batch(datamodule, part if datamodule.rows(part) else "train")
+        if batch is not None:
+            write_attention(folder, batch, module, loggers, len(history))
     path = output / "predictions" / f"{part}.parquet"
     if path.is_file():
         write_prediction_figures(folder, FaceTable.read_parquet(path), results["metrics"][part], module.tasks)
@@ -98,6 +111,66 @@ def write_sheets(folder: Path, batch: Any, module: AffectModule) -> None:  # noq
         true = crop_points(module.tasks, batch.targets, batch)[name]
         figure = draw.landmark_sheet(images(batch), points, true, title=f"Landmarks ({name}): predicted and true")
         draw.save(figure, folder / f"{name}.png")
+
+
+def write_findings(
+    folder: Path,
+    findings: Mapping[str, Any],
+    sigmas: Mapping[str, Sequence[tuple[float, float]]],
+    best: float | None,
+    loggers: Sequence[Any] = (),
+    step: int = 0,
+) -> None:
+    """Write what a model found: ``order.png`` with the table ``order.md``, and ``uncertainties.png``.
+
+    Args:
+        folder: Folder of the run's figures.
+        findings: What the model tells of itself, by topic.
+        sigmas: Pairs of epoch and learned standard deviation by ``<task>/<output>``; none draws nothing.
+        best: Epoch whose weights were kept.
+        loggers: Loggers of the run; those that take figures get them.
+        step: Where figures stand on a logger's axis: the number of epochs.
+    """
+    if "order" in findings:
+        found = findings["order"]
+        figure = draw.soft_order_matrix(found["soft_order"], found["outputs"])
+        draw.save(figure, folder / "order.png")
+        text = markdown(order_table(found))
+        with replacing(folder / "order.md") as part:
+            part.write_text(text, encoding="utf-8")
+        show(loggers, "order", figure, step, text)
+    if sigmas:
+        figure = draw.weight_curves(sigmas, best=best)
+        draw.save(figure, folder / "uncertainties.png")
+        show(loggers, "uncertainties", figure, step)
+
+
+def write_attention(
+    folder: Path,
+    batch: Any,  # noqa: ANN401
+    module: TokenModule,
+    loggers: Sequence[Any] = (),
+    step: int = 0,
+) -> None:
+    """Write where each token of each task looks: ``<task>_attention.png``."""
+    device = next(module.parameters()).device
+    maps = module.eval().attention(batch.to(device))
+    for name, names in token_names(module.tasks, module.transformer.spans).items():
+        title = f"Where the tokens of {name} look"
+        figure = draw.attention_sheet(images(batch), maps[name].float().cpu().numpy(), names, title=title)
+        draw.save(figure, folder / f"{name}_attention.png")
+        show(loggers, f"attention/{name}", figure, step)
+
+
+def show(loggers: Sequence[Any], name: str, figure: Any, step: int, text: str | None = None) -> None:  # noqa: ANN401
+    """Hand a figure, and a text in Markdown, to the loggers that take figures (TensorBoard)."""
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_figure"):
+            writer.add_figure(name, figure, step, close=False)
+            if text is not None:
+                writer.add_text(name, text, step)
+            writer.flush()
 
 
 def write_comparison_figure(output: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

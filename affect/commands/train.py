@@ -45,6 +45,7 @@ from affect.release import build_tasks, read_release, with_statistics, write_rel
 from affect.report import (
     comparison_table,
     environment,
+    order_table,
     provenance,
     read_json,
     results_table,
@@ -219,7 +220,7 @@ def _train(
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
-    figures.write_run_figures(output, results, history.epochs, datamodule, module)
+    figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
     write_json(output / RESULTS, results)
     print_results(console, results)
     console.print(f"[bold]{output}[/bold]: results.json, predictions/, figures/, release/")
@@ -479,6 +480,8 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
         names = headline_names(results.get("headline") or [])
         title = f"{results['name']}: test part by subgroup"
         console.print(subgroup_table(records, title, names=names or None, note=note))
+    if "order" in results["findings"]:
+        console.print(order_table(results["findings"]["order"]))
     if results.get("reference"):
         console.print(f"reference (printed, never asserted): {results['reference']}")
 

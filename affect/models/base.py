@@ -386,6 +386,12 @@ class AffectModule(pl.LightningModule):
         found: dict[str, Any] = getattr(self.weighting, "findings", dict)()
         return {"weighting": found} if found else {}
 
+    def readings(self) -> dict[str, float]:
+        """Return what a model learns beside its outputs as numbers by name; they are logged after every epoch."""
+        found: dict[str, Any] = getattr(self.weighting, "findings", dict)()
+        sigma = found.get("sigma", {})
+        return {f"weighting/sigma/{task}/{o}": float(s) for task, found in sigma.items() for o, s in found.items()}
+
     # --------------------------------------------------------------------------------- taps, state, placement
 
     def setup(self, stage: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -195,6 +196,23 @@ def comparison_table(
     if keys:
         table.add_row(Text("best constant", style="italic"), *(Text(_constants(read, key, digits)) for key in keys))
     return _noted(table, [] if keys else ["nothing to compare"], note)
+
+
+def order_table(found: Mapping[str, Any], title: str | None = "Most probable orders") -> Table:
+    """Return the table of a learnt order of tasks: weight in the mixture and tasks from first to last.
+
+    Args:
+        found: What MONET finds (``affect.models.monet.Monet.findings``): ``orders`` with ``weight`` and ``order``, the
+            ``entropy`` of the mixture in nats, and ``uniform_entropy``, the largest that it can be.
+        title: Heading above the table.
+    """
+    table = _table(title)
+    table.add_column("weight", justify="right", no_wrap=True)
+    table.add_column("order")
+    for entry in found["orders"]:
+        table.add_row(Text(number_text(entry["weight"])), Text(" ".join(map(str, entry["order"]))))
+    note = f"entropy of the mixture {found['entropy']:.2f} of at most {found['uniform_entropy']:.2f} nats"
+    return _noted(table, [note])
 
 
 def markdown_table(records: Sequence[Record], *, digits: int = 3, note: str | None = None) -> str:

@@ -213,6 +213,12 @@ class Monet(AffectModule):
 
     # ----------------------------------------------------------------------------------------------- reading
 
+    def readings(self) -> dict[str, float]:
+        """Return the entropy of the mixture of orders in nats, and its largest weight, besides the common readings."""
+        weights = self.orders.order_logits.detach().double().softmax(0)
+        entropy = float(-torch.special.xlogy(weights, weights).sum())
+        return super().readings() | {"order/entropy": entropy, "order/largest_weight": float(weights.max())}
+
     def findings(self) -> dict[str, Any]:
         """Return what was learnt of the order, ready for JSON.
 

@@ -3,6 +3,7 @@
 
 from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, enlargement
 from affect.report.figures.curves import cumulative_error_curve, reliability_diagram, training_curves
+from affect.report.figures.findings import attention_sheet, soft_order_matrix, weight_curves
 from affect.report.figures.scatter import circumplex, coefficient_scatter
 from affect.report.figures.scores import au_bars, confusion_matrix, ladder_bars
 from affect.report.figures.sheets import landmark_sheet, prediction_sheet, sample_sheet
@@ -12,6 +13,7 @@ __all__ = [
     "FaceNote",
     "annotate_face",
     "annotate_faces",
+    "attention_sheet",
     "au_bars",
     "circumplex",
     "coefficient_scatter",
@@ -25,5 +27,7 @@ __all__ = [
     "sample_sheet",
     "save",
     "save_image",
+    "soft_order_matrix",
     "training_curves",
+    "weight_curves",
 ]
