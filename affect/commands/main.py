@@ -190,6 +190,25 @@ COMMANDS = (
         ),
     ),
     Command(
+        "submit",
+        "Write the file of predictions that a track of the ABAW challenges takes.",
+        (
+            ("track", "va, expr, au or mtl; the first word"),
+            ("sample", "sample file of the challenge, whose frames are answered"),
+            ("predictions", "predictions table of affect train, evaluate or predict"),
+            ("checkpoint", "in place of predictions: run or release that predicts the listed frames"),
+            ("root", "with checkpoint: folder of Aff-Wild2, which holds the crops"),
+            ("thresholds", "probability from which an action unit is present: a number, or one for each"),
+            ("out", "file to write; by default submission_<track>.txt"),
+        ),
+        (
+            "submit va checkpoint=my_release root=/data/Aff-Wild2 sample=VA_test_set_sample.txt",
+            "submit mtl predictions=my_run/predictions/test.parquet out=validation_mtl.txt",
+        ),
+        word="track",
+        words=("va", "expr", "au", "mtl"),
+    ),
+    Command(
         "teach",
         "Label photographs with a packaged teacher network: blendshape coefficients, points, pose.",
         (("root", "folder of images"), ("out", "Parquet file to write")),
