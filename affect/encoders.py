@@ -41,7 +41,7 @@ class PackagedWeights(NamedTuple):
     std: tuple[float, float, float]
 
 
-__all__ = ["PACKAGED", "PixelVector", "TimmEncoder", "read_state_dict"]
+__all__ = ["PACKAGED", "PixelVector", "PlainConvolutions", "TimmEncoder", "read_state_dict"]
 
 PACKAGED = MappingProxyType(
     {
@@ -293,6 +293,74 @@ class PixelVector(nn.Module):
         data = image.permute(0, 2, 3, 1).flatten(1)[:, : 2 * self.features].float().unflatten(1, (-1, 2))
         steps = data[..., 0] * 256 + data[..., 1]
         return self.model(steps / 65_535 * (self.high - self.low) + self.low)
+
+    def layer_index(self) -> dict[str, int]:
+        """Return for each parameter the number of its layer."""
+        return {name: int(name.split(".")[0]) for name, _ in self.model.named_parameters()}
+
+
+class PlainConvolutions(nn.Module):
+    """A few convolutions for small images, for controlled experiments that have to be quick.
+
+    Each layer is a 3x3 convolution, batch norm, ReLU and 2x2 max-pooling.
+
+    Args:
+        image_size: Side of the square input in pixels.
+        widths: Channels of each layer.
+        output: ``map`` ``(B, D, h, w)``, or ``vector``, its average over positions.
+        norm: Batch norm in each layer.
+        mean: Channel means in [0, 1].
+        std: Channel standard deviations in [0, 1].
+        pretrained: There are no such weights: always False.
+        weights: There are no such weights: always None.
+
+    Attributes:
+        num_features: Channels D of the output.
+
+    Raises:
+        ConfigError: If the image is too small for so many layers, ``output`` is unknown, or weights are asked for.
+    """
+
+    channel_order, origin = "RGB", "random"
+
+    def __init__(
+        self,
+        image_size: int = 12,
+        widths: Sequence[int] = (16, 32),
+        output: str = "map",
+        norm: bool = True,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+        pretrained: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained or weights:
+            raise ConfigError(
+                "encoder=plain_convolutions has no pretrained weights; leave encoder.weights and .pretrained"
+            )
+        if output not in ("map", "vector"):
+            raise ConfigError(f"encoder.output={output!r}: {near(str(output), ['map', 'vector'])}")
+        if not widths or int(image_size) >> len(widths) < 1:
+            most = int(image_size).bit_length() - 1
+            raise ConfigError(f"encoder.widths={list(widths)}: an image of {image_size} px allows 1 to {most} layers")
+        self.image_size, self.output, self.num_features = int(image_size), output, int(widths[-1])
+        self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+        layers = []
+        for before, after in itertools.pairwise([3, *(int(width) for width in widths)]):
+            parts: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
+            parts += [nn.BatchNorm2d(after)] if norm else []
+            layers.append(nn.Sequential(*parts, nn.ReLU(), nn.MaxPool2d(2)))
+        self.model = nn.Sequential(*layers)
+        self.register_buffer("_scale", 1 / (255 * torch.tensor(self.std)).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "_shift", (torch.tensor(self.mean) / torch.tensor(self.std)).view(3, 1, 1), persistent=False
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the configured output for RGB uint8 images ``(B, 3, H, W)``."""
+        grid = self.model(image.to(self._scale.dtype) * self._scale - self._shift)
+        return grid if self.output == "map" else grid.mean((2, 3))
 
     def layer_index(self) -> dict[str, int]:
         """Return for each parameter the number of its layer."""

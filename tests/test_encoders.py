@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from affect.encoders import TimmEncoder, read_state_dict
+from affect.encoders import PlainConvolutions, TimmEncoder, read_state_dict
 from affect.errors import CheckpointError, ConfigError
 
 IMAGE = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -145,3 +145,39 @@ def test_bad_arguments_are_one_clear_line(arguments: dict, message: str) -> None
     with pytest.raises(ConfigError, match=message) as error:
         TimmEncoder(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_plain_convolutions_halve_the_side_and_give_a_map_or_its_average():
+    image = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)
+    torch.manual_seed(0)
+    encoder = PlainConvolutions(12, [4, 6]).eval()
+    assert encoder(image).shape == (3, 6, 3, 3)
+    assert encoder.num_features == 6
+    vector = PlainConvolutions(12, [4, 6], output="vector").eval()
+    vector.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(vector(image), encoder(image).mean((2, 3)))
+    assert set(encoder.layer_index()) == {name for name, _ in encoder.model.named_parameters()}
+    assert set(encoder.layer_index().values()) == {0, 1}
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in PlainConvolutions(12, [4], norm=False).modules())
+
+
+def test_plain_convolutions_normalise():
+    encoder = PlainConvolutions(2, [1], norm=False, mean=[0.5] * 3, std=[0.25] * 3)
+    seen = []
+    encoder.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    encoder(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2))
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([-2.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 8, "widths": [4] * 4}, "8 px allows 1 to 3 layers"),
+        ({"widths": []}, "allows 1 to 3"),
+        ({"output": "tokens"}, "encoder.output"),
+        ({"weights": "x.pth"}, "no pretrained weights"),
+    ],
+)
+def test_plain_convolutions_refuse(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        PlainConvolutions(**arguments)
