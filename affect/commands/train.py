@@ -7,7 +7,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from affect.data.images import Source
 from affect.data.protocol import SELECTIONS, TEST, VALIDATION
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, near
-from affect.models.base import AffectModule
+from affect.models.base import AffectModule, Batch
 from affect.release import build_tasks, read_release, with_statistics, write_release
 from affect.report import (
     comparison_table,
@@ -54,6 +54,9 @@ from affect.report import (
 )
 from affect.report.provenance import ON_TEST, selection_text
 from affect.tasks import Expression
+
+EXAMINED = 10_000
+"""Most rows of a part that a trained model is examined with."""
 
 
 def run(config: DictConfig) -> float | None:
@@ -400,7 +403,7 @@ def finish(
         "labels": labels,
         "preprocess": preprocess,
         "history": history.epochs,
-        "findings": module.findings(),
+        "findings": module.findings() | module.examine(lambda part: examined(datamodule, part)),
         "config": plain,
         "environment": environment(),
     }
@@ -408,6 +411,11 @@ def finish(
     described = with_statistics(plain, module)
     write_release(output / "release", module.release_state(), described, labels, preprocess, metrics, card, people)
     return results
+
+
+def examined(datamodule: FaceDataModule, part: str) -> Iterable[Batch] | None:
+    """Return the batches of a part that a trained model is examined with, None for a part without rows."""
+    return datamodule.part_dataloader(part, EXAMINED) if datamodule.rows(part) else None
 
 
 def missing_faces(config: DictConfig, summary: dict[str, Any]) -> dict[str, Any]:

@@ -472,13 +472,18 @@ class FaceDataModule(pl.LightningDataModule):
         """Return the loader of the test part, shared out over processes."""
         return self._shared(TEST)
 
-    def part_dataloader(self, part: str) -> DataLoader:
+    def part_dataloader(self, part: str, most: int | None = None) -> DataLoader:
         """Return the loader of a whole part (``all``: of every row) in row order, on this process alone.
+
+        Args:
+            part: The part.
+            most: At most so many rows, spread evenly; None takes all.
 
         Raises:
             DataError: If the part is empty.
         """
-        dataset = self.dataset(part)
+        rows = spread(self.part_rows(part), most)
+        dataset = FaceDataset(self.sources, rows, self.tasks, self.eval_transform, self.schemes, self.seed)
         if not len(dataset):
             asked = self.protocol.test_name
             raise DataError(f"the {part} part is empty (protocol.test={asked}); evaluate part=all instead")

@@ -8,7 +8,7 @@ differs. Optimisation stays automatic.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import pytorch_lightning as pl
@@ -385,6 +385,17 @@ class AffectModule(pl.LightningModule):
         """Return what a trained model tells of itself (an order, learnt weights), ready for JSON, by topic."""
         found: dict[str, Any] = getattr(self.weighting, "findings", dict)()
         return {"weighting": found} if found else {}
+
+    def examine(self, loader: Callable[[str], Iterable[Batch] | None]) -> dict[str, Any]:
+        """Return what data tell of a trained model (what a gate uses, what features hold), by topic, ready for JSON.
+
+        It stands beside ``findings``. The model is in evaluation mode and stays so.
+
+        Args:
+            loader: Returns batches of rows spread evenly over ``train``, ``validation`` or ``test``, cropped as in
+                evaluation, or None for a part without rows. What nobody asks for costs nothing.
+        """
+        return {}
 
     def readings(self) -> dict[str, float]:
         """Return what a model learns beside its outputs as numbers by name; they are logged after every epoch."""
