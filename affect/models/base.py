@@ -7,6 +7,7 @@ differs. Optimisation stays automatic.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
@@ -83,6 +84,8 @@ class AffectModule(pl.LightningModule):
         layer_decay: Layer-wise factor: a block ``d`` blocks below an encoder's last one learns at ``layer_decay ** d``
             times the encoder's rate. None gives all blocks the same rate.
         channels_last: Keep convolutional weights and images in channels-last memory order.
+        mixup: Parameter of the symmetric Beta distribution that pairs of training images and their labels are mixed by,
+            one draw per image; None mixes nothing. Losses see mixed labels, models that are fed labels their own.
 
     Attributes:
         last_validation: What the validation of the current epoch logged; empty before it.
@@ -102,6 +105,7 @@ class AffectModule(pl.LightningModule):
         encoder_lr_scale: float = 1.0,
         layer_decay: float | None = None,
         channels_last: bool = False,
+        mixup: float | None = None,
     ) -> None:
         super().__init__()
         if not tasks:
@@ -119,6 +123,14 @@ class AffectModule(pl.LightningModule):
         if hasattr(self.weighting, "bind"):
             self.weighting.bind(dict(self.losses.items()), {name: self.term_names(name) for name in self.losses})
         self.objectives = nn.ModuleDict({n: o for n, o in (objectives or {}).items() if o is not None})
+        if mixup is not None:
+            unmixed = [n for n, t in self.tasks.items() if t.landmark_scheme is not None] + list(self.objectives)
+            if not mixup > 0:
+                raise ConfigError(f"model.mixup={mixup}: must be more than 0, or null for none")
+            if unmixed:
+                raise ConfigError(f"model.mixup={mixup}: points of two faces cannot be mixed; leave {unmixed[0]} out")
+        self.mixup = mixup
+        self._mixed: tuple[Tensor, Tensor] | None = None
         self.channels_last = channels_last
         self.encoder_lr_scale, self.layer_decay = float(encoder_lr_scale), layer_decay
         self.taps: dict[str, Tensor] = {}
@@ -169,15 +181,41 @@ class AffectModule(pl.LightningModule):
         for name, loss in self.losses.items():
             if only is not None and name not in only:
                 continue
-            mask = batch.masks[name]
-            target = self.tasks[name].transform_targets(batch.targets[name], mask)
-            terms[name] = loss(outputs[name], target, mask)
+            terms[name] = loss(outputs[name], *self.loss_targets(name, batch))
         return terms
+
+    def loss_targets(self, name: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what a task's loss compares with: targets mixed, then transformed, and their mask.
+
+        Only here do losses meet other labels than the raw ones. A mixed cell counts where both labels are known.
+        """
+        target, mask = batch.targets[name], batch.masks[name]
+        if self._mixed is not None:
+            share, partner = self._mixed
+            both = mask & mask[partner]
+            target = torch.where(both, share * target + (1 - share) * target[partner], 0)
+            mask = both
+        return self.tasks[name].transform_targets(target, mask), mask
+
+    def _mix(self, batch: Batch) -> Batch:
+        """Return the batch with mixed images, and remember how, for ``loss_targets``."""
+        assert self.mixup is not None
+        count = len(batch.image)
+        concentration = torch.full((count,), float(self.mixup))
+        share = torch.distributions.Beta(concentration, concentration).sample().to(batch.image.device)
+        partner = torch.randint(count, (count,)).to(batch.image.device)
+        factor = share.view(-1, 1, 1, 1)
+        mixed = factor * batch.image + (1 - factor) * batch.image[partner]
+        self._mixed = (share[:, None], partner)
+        return dataclasses.replace(batch, image=mixed.round().to(torch.uint8))  # type: ignore[type-var]
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the total loss: each term over the global number of valid cells, weighed and summed."""
         self._outputs = None
+        if self.mixup is not None:
+            batch = self._mix(batch)
         terms = self.training_terms(batch)
+        self._mixed = None
         if self.objectives:
             outputs = self(batch) if self._outputs is None else self._outputs
             terms |= {name: objective(batch, outputs, self.taps) for name, objective in self.objectives.items()}

@@ -287,3 +287,63 @@ def test_release_state_holds_what_prediction_needs_and_no_more() -> None:
 def test_a_model_needs_a_task() -> None:
     with pytest.raises(ConfigError, match="at least one task"):
         AffectModule({})
+
+
+class TestMixup:
+    @staticmethod
+    def make(**arguments: object) -> Baseline:
+        made = make_tasks()
+        made.pop("landmarks")
+        torch.manual_seed(0)
+        return Baseline(made, TimmEncoder("test_resnet"), optimizer=SGD, mixup=0.4, **arguments)  # type: ignore[arg-type]
+
+    def test_images_and_labels_are_mixed_alike(self) -> None:
+        module, batch = self.make(), make_batch(16)
+        mixed = module._mix(batch)
+        share, partner = module._mixed
+        assert ((share > 0) & (share < 1)).all()
+        wanted = share.view(-1, 1, 1, 1) * batch.image + (1 - share.view(-1, 1, 1, 1)) * batch.image[partner]
+        assert (mixed.image - wanted).abs().max() <= 0.5
+        target, mask = module.loss_targets("au", mixed)
+        both = batch.masks["au"] & batch.masks["au"][partner]
+        assert torch.equal(mask, both)
+        labels = share * batch.targets["au"] + (1 - share) * batch.targets["au"][partner]
+        torch.testing.assert_close(target[both], labels[both])
+        assert (target[~both] == 0).all()
+
+    def test_smoothing_comes_after_it(self) -> None:
+        made = make_tasks()
+        made.pop("landmarks")
+        made["au"].target = tasks.UniformSmoothing(0.2)
+        module = Baseline(made, TimmEncoder("test_resnet"), mixup=0.4)
+        batch = make_batch(16)
+        module._mix(batch)
+        share, partner = module._mixed
+        target, mask = module.loss_targets("au", batch)
+        labels = share * batch.targets["au"] + (1 - share) * batch.targets["au"][partner]
+        torch.testing.assert_close(target[mask], (0.8 * labels + 0.1)[mask])
+
+    def test_it_acts_in_training_alone(self) -> None:
+        module, batch = self.make(), make_batch(8)
+        seen = []
+        module.encoder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        torch.manual_seed(1)
+        module.training_step(batch, 0).backward()
+        module.validation_step(batch, 0)
+        assert not torch.equal(seen[0], batch.image)
+        assert torch.equal(seen[1], batch.image)
+        assert module._mixed is None
+
+    def test_a_step_decides(self) -> None:
+        losses_of = []
+        for _ in range(2):
+            module = self.make().eval()
+            torch.manual_seed(7)
+            losses_of.append(float(module.training_step(make_batch(8), 0).detach()))
+        assert losses_of[0] == losses_of[1]
+
+    def test_points_are_not_mixed(self) -> None:
+        with pytest.raises(ConfigError, match="points of two faces"):
+            make_module(mixup=0.4)
+        with pytest.raises(ConfigError, match="more than 0"):
+            self.make() and Baseline({"au": make_tasks()["au"]}, TimmEncoder("test_resnet"), mixup=0.0)

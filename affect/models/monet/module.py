@@ -172,7 +172,7 @@ class Monet(AffectModule):
         logits = self.orders.forced(vector, labels, known, chosen, self.unknown).float()
         weights = self.orders.order_logits if chosen is None else self.orders.order_logits[chosen]
         count = logits.shape[1]
-        shown = self.tasks[self.task].transform_targets(target, mask)
+        shown, mask = self.loss_targets(self.task, batch)
         flat = [part[:, None].expand(-1, count, -1).reshape(-1, part.shape[-1]) for part in (shown, mask)]
         cells = self.losses[self.task].cells(logits.reshape(-1, logits.shape[-1]), *flat).view_as(logits)  # type: ignore[operator]
         if self.mixing == "bound":

@@ -301,3 +301,16 @@ class TestRobinHood:
             model = Baseline({"au": task}, TimmEncoder("test_resnet", image_size=32)).eval()
             sums.append(model.training_terms(batch)["au"].sum.sum())
         assert not torch.allclose(*sums)
+
+
+def test_mixup_changes_the_loss_but_not_what_cells_are_fed():
+    model, batch = make(kept=None, mixup=0.4).eval(), make_batch(missing=0.0)
+    fed = []
+    forced = model.orders.forced
+    model.orders.forced = lambda vector, labels, *rest: (fed.append(labels), forced(vector, labels, *rest))[1]  # type: ignore[method-assign]
+    seen = []
+    cells = model.losses["au"].cells
+    model.losses["au"].cells = lambda output, target, mask: (seen.append(target), cells(output, target, mask))[1]
+    model.training_step(batch, 0).backward()
+    assert torch.equal(fed[0], batch.targets["au"])
+    assert ((seen[0] > 0) & (seen[0] < 1)).any()
