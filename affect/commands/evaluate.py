@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from affect.commands import assembly, inference
+from affect.commands import assembly, decisions, inference
 from affect.commands.configuration import is_given
 from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import check_columns, group_columns, headline_names, headline_table, missing_faces, quiet
@@ -23,7 +23,7 @@ from affect.data.protocol import TEST, known_people, part_name
 from affect.errors import CheckpointError, ConfigError, DataError, near
 from affect.geometry import CropRecipe
 from affect.metrics import F1
-from affect.release import MODEL, Release, build_model, build_tasks, check_config, read_release
+from affect.release import MODEL, PREPROCESS, Release, build_model, build_tasks, check_config, read_release
 from affect.report import environment, provenance, read_json, results_table, subgroup_tables, write_json
 from affect.report.provenance import ON_TEST
 from affect.tasks import Task
@@ -38,6 +38,9 @@ def run(config: DictConfig) -> None:
     console = Console()
     if config.part not in (None, *PARTS):
         raise ConfigError(f"part={config.part}: write one of {', '.join(PARTS)}")
+    if config.thresholds not in (None, decisions.FIXED):
+        raise ConfigError(f"thresholds={config.thresholds}: write {decisions.FIXED}, or null for the checkpoint's own")
+    asked = decisions.check_window(config.smoothing)
     trust = list(config.trust)
     release = read_release(Path(config.checkpoint).expanduser(), trust)
     settings = data_settings(config, release, trust)
@@ -52,6 +55,11 @@ def run(config: DictConfig) -> None:
     tasks = usable_tasks(offered, sources, release, console)
     if "f1_empty" in (config.get("protocol") or {}):
         score_empty_outputs(tasks, float(settings.protocol.f1_empty))
+    thresholds = decisions.read_thresholds(release.preprocess, str(release.folder / PREPROCESS))
+    if config.thresholds == decisions.FIXED or thresholds is None:
+        thresholds = decisions.describe(tasks, decisions.FIXED)
+    decisions.apply(tasks, thresholds["values"])
+    window = decisions.check_window(release.preprocess.get("smoothing")) if config.smoothing is None else asked
     module = build_model(release, build_tasks(release))
     image_size = int(release.preprocess["image_size"])
     datamodule = assembly.build_datamodule(settings, sources, tasks, image_size)
@@ -73,6 +81,7 @@ def run(config: DictConfig) -> None:
     values, index, rows = inference.predict_values(module, loader, device, f"predicting {part}", tasks)
     group_by = group_columns(config)
     check_columns(config, sources)
+    summary["notes"] += decisions.smooth_values(values, datamodule.sources, tasks, index, rows, window)
     inference.count_as_absent(values, datamodule.sources, tasks, datamodule.protocols, index, rows)
     groups = [protocol.group for protocol in datamodule.protocols]
     table = inference.predictions_table(datamodule.sources, tasks, values, index, rows, groups, group_by, subsets)
@@ -92,6 +101,8 @@ def run(config: DictConfig) -> None:
         "part": part,
         "protocol": OmegaConf.to_container(settings.protocol, resolve=True),
         "bootstrap": OmegaConf.to_container(config.bootstrap, resolve=True),
+        "thresholds": thresholds,
+        "smoothing": window,
         "tasks_left_out": sorted(offered.keys() - tasks.keys()),
         "headline": sums,
         "metrics": {part: records},

@@ -20,7 +20,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
-from affect.commands import assembly, figures, inference
+from affect.commands import assembly, decisions, figures, inference
 from affect.commands.check import verified
 from affect.commands.run_folder import (
     RESULTS,
@@ -103,6 +103,7 @@ def evaluate_as_asked(config: DictConfig, output: Path, results: dict[str, Any])
     for task in tasks.values():
         for metric in task.metrics:
             metric.bind(task.outputs)
+    decisions.apply(tasks, (results.get("thresholds") or {}).get("values") or {})
     headline = inference.resolve_headline(results["protocol"].get("headline"), tasks)[0]
     for part in results["metrics"]:
         table = FaceTable.read_parquet(output / "predictions" / f"{part}.parquet")
@@ -134,6 +135,8 @@ def check_keys(config: DictConfig) -> None:
     require_integer("seed", config.seed, 0)
     require_integer("trainer.max_epochs", config.trainer.max_epochs, -1)
     require_integer("bootstrap.resamples", config.bootstrap.resamples, 0)
+    decisions.check_rule(config.thresholds, config.selection)
+    decisions.check_window(config.smoothing)
     level = config.bootstrap.level
     if not isinstance(level, int | float) or not 0 < level < 1:
         raise ConfigError(f"bootstrap.level={level} must lie between 0 and 1, e.g. 0.95")
@@ -157,6 +160,18 @@ def check_columns(config: DictConfig, sources: list[Source]) -> None:
         for source in sources:
             if column not in source.table.names:
                 raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, source.table.names)}")
+
+
+def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
+    """Refuse ``thresholds=tuned`` where nothing could be tuned, or no row is there to tune on."""
+    if config.thresholds != decisions.TUNED:
+        return
+    if not any(True for _ in decisions.decided(datamodule.tasks)):
+        raise ConfigError("thresholds=tuned: no task has a metric with a threshold (f1, rates)")
+    if config.selection != "refit" and not datamodule.rows(VALIDATION):
+        raise ConfigError(
+            "thresholds=tuned needs a validation part: set protocol.validation_fraction or protocol.validation"
+        )
 
 
 def check_monitor(config: DictConfig, module: AffectModule) -> None:
@@ -188,6 +203,7 @@ def _train(
     leave_out_classes(datamodule)
     datamodule.setup("fit")
     check_columns(config, sources)
+    check_tuning(config, datamodule)
     headline, left_out = inference.resolve_headline(datamodule.protocol.headline, tasks)
     inference.require_subset_columns(sources, datamodule.protocol.subsets or {})
     inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, datamodule.part_rows(TEST))
@@ -248,7 +264,8 @@ def choose_epochs(config: DictConfig, output: Path, console: Console) -> dict[st
     epochs = int(found["selection"]["epoch"]) + 1
     console.rule(f"selection=refit: {epochs} epochs on all training groups")
     kept = {part: numbers["rows"] for part, numbers in found["data"]["parts"].items()}
-    return {"epochs": epochs, "score": found["selection"]["score"], "chosen_by": found["selection"] | {"rows": kept}}
+    chosen = {"epochs": epochs, "score": found["selection"]["score"]}
+    return chosen | {"chosen_by": found["selection"] | {"rows": kept, "thresholds": found.get("thresholds")}}
 
 
 def leave_out_classes(datamodule: FaceDataModule) -> None:
@@ -350,12 +367,20 @@ def finish(
     metrics: dict[str, list[dict[str, Any]]] = {}
     sums: list[dict[str, Any]] = []
     protocols = datamodule.protocols
+    window = decisions.check_window(config.smoothing)
+    thresholds = decisions.describe(module.tasks, decisions.FIXED)
+    if config.thresholds == decisions.TUNED and config.selection == "refit":
+        # All training groups train the refit, so the run that chose the epochs tuned them.
+        thresholds = {**selection["chosen_by"]["thresholds"], "note": "by the run that chose the epochs"}
+        decisions.apply(module.tasks, thresholds["values"])
     for part in (VALIDATION, TEST):
         if not datamodule.rows(part) or (part == VALIDATION and config.selection == "best_on_test"):
             continue
         loader = datamodule.part_dataloader(part)
         values, source_index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
         group_by = group_columns(config)
+        notes = decisions.smooth_values(values, datamodule.sources, module.tasks, source_index, rows, window)
+        summary["notes"] += [note for note in notes if note not in summary["notes"]]
         inference.count_as_absent(values, datamodule.sources, module.tasks, protocols, source_index, rows)
         table = inference.predictions_table(
             datamodule.sources,
@@ -368,6 +393,9 @@ def finish(
             datamodule.protocol.subsets if part == TEST else None,
         )
         table.to_parquet(output / "predictions" / f"{part}.parquet")
+        if part == VALIDATION and config.thresholds == decisions.TUNED:
+            decisions.apply(module.tasks, decisions.tune(table, module.tasks))
+            thresholds = decisions.describe(module.tasks, decisions.TUNED, len(table))
         metrics[part] = inference.table_metrics(
             table, module.tasks, config.bootstrap.resamples, config.bootstrap.level, 0, group_by
         )
@@ -382,6 +410,8 @@ def finish(
         "channel_order": "RGB",
         "mean": list(getattr(encoder, "mean", ())),
         "std": list(getattr(encoder, "std", ())),
+        "thresholds": thresholds,
+        "smoothing": window,
     }
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
     people = datamodule.people()
@@ -394,6 +424,8 @@ def finish(
         "hash": result_hash(config),
         "protocol": OmegaConf.to_container(config.protocol, resolve=True),
         "selection": selection,
+        "thresholds": thresholds,
+        "smoothing": window,
         "headline": sums,
         "metrics": metrics,
         "missing_faces": missing_faces(config, summary),
@@ -488,7 +520,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
         names = headline_names(results.get("headline") or [])
         title = f"{results['name']}: test part by subgroup"
         console.print(subgroup_table(records, title, names=names or None, note=note))
-    if "order" in results["findings"]:
+    if "order" in (results.get("findings") or {}):
         console.print(order_table(results["findings"]["order"]))
     if results.get("reference"):
         console.print(f"reference (printed, never asserted): {results['reference']}")

@@ -38,7 +38,29 @@ def provenance(results: Mapping[str, Any], part: str = "test") -> str:
         said.append(f"no face found: {missing:,}, {rule}")
     recipe = (results.get("preprocess") or {}).get("recipe")
     said.append(f"crop {recipe.get('name') or recipe.get('kind')}" if recipe else "crop none")
+    said += decision_texts(results)
     return " · ".join([*said, *marks(results)])
+
+
+def decision_texts(results: Mapping[str, Any]) -> list[str]:
+    """Return at which thresholds numbers were decided, and over how many frames predictions were averaged.
+
+    Example:
+        >>> decision_texts({"thresholds": {"rule": "tuned", "rows": 90}, "smoothing": 5})
+        ['thresholds tuned per output on 90 validation rows', 'moving average of 5 frames']
+    """
+    said = []
+    thresholds = results.get("thresholds") or {}
+    values = {value for each in (thresholds.get("values") or {}).values() for value in each.values()}
+    if thresholds.get("rule") == "tuned":
+        rows, note = thresholds.get("rows"), thresholds.get("note")
+        said.append(f"thresholds tuned per output on {rows or 0:,} validation rows{f' {note}' if note else ''}")
+    elif len(values) == 1:
+        said.append(f"threshold {next(iter(values)):g}")
+    elif values:
+        said.append("thresholds of the config")
+    window = results.get("smoothing") or 0
+    return [*said, f"moving average of {window} frames"] if window > 1 else said
 
 
 def rows_text(test: Any, part: str) -> str:  # noqa: ANN401
