@@ -429,13 +429,15 @@ def write_video(path: Path, frames: np.ndarray, table: FaceTable, images: ImageR
 
 
 def dress(faces: FaceTable, frames: str = VIDEO, offset: int = 0) -> Dressed:
-    """Return built-in faces under the names of DISFA, with the labels that it has.
+    """Return built-in faces under the names of DISFA, with the labels that it has; unlabelled faces are left out.
 
     Args:
         faces: The built-in faces.
         frames: ``video``, or the folder of extracted frames.
         offset: For extracted frames, as in ``read``.
     """
+    kept = facs.coded_rows(faces, UNITS)
+    faces = faces.take(kept)
     people = facs.interleaved(DIVISIONS["literature"])
     person, _, place = facs.cast(faces, people, 1, length=1)
     subject = np.array(people, object)[person]
@@ -456,7 +458,8 @@ def dress(faces: FaceTable, frames: str = VIDEO, offset: int = 0) -> Dressed:
         **dressed_labels(drawn, UNITS),
         facs.POINTS: facs.points_49(drawn),
     }
-    return Dressed(FaceTable.from_columns(columns, ".", {"dataset": "disfa", "label_source": facs.LABEL_SOURCE}), rows)
+    metadata = {"dataset": "disfa", "label_source": facs.LABEL_SOURCE}
+    return Dressed(FaceTable.from_columns(columns, ".", metadata), kept[rows])
 
 
 def dressed_labels(drawn: FaceTable, units: Sequence[int], threshold: int = THRESHOLD) -> dict[str, facs.Cells]:

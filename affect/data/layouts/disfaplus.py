@@ -177,12 +177,14 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
 
 
 def dress(faces: FaceTable, aligned: bool = False) -> Dressed:
-    """Return built-in faces under the names of DISFA+, with the labels that it has.
+    """Return built-in faces under the names of DISFA+, with the labels that it has; unlabelled faces are left out.
 
     Args:
         faces: The built-in faces.
         aligned: Put images into ``Aligned`` instead of ``Images``.
     """
+    kept = facs.coded_rows(faces, UNITS)
+    faces = faces.take(kept)
     person, trial, place = facs.cast(faces, SUBJECTS, len(_TRIALS), length=6)
     rows = np.lexsort((place, trial, person))
     names = [(SUBJECTS[person[row]], _TRIALS[trial[row]], int(place[row])) for row in rows]
@@ -194,7 +196,7 @@ def dress(faces: FaceTable, aligned: bool = False) -> Dressed:
         **disfa.dressed_labels(faces.take(rows), UNITS),
     }
     metadata = {"dataset": "disfaplus", "label_source": facs.LABEL_SOURCE}
-    return Dressed(FaceTable.from_columns(columns, ".", metadata), rows)
+    return Dressed(FaceTable.from_columns(columns, ".", metadata), kept[rows])
 
 
 def expected() -> tuple[Expected, ...]:

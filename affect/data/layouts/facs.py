@@ -407,6 +407,14 @@ def whole_intensity(faces: FaceTable, au: int) -> Cells:
     return np.clip(np.rint(values), 0, 5).astype(np.float32), valid
 
 
+def coded_rows(faces: FaceTable, units: Sequence[int]) -> np.ndarray:
+    """Return the drawn faces with a label of any of ``units``, for sets that have no code of missing labels."""
+    coded = np.zeros(len(faces), bool)
+    for au in units:
+        coded |= whole_intensity(faces, au)[1]
+    return np.flatnonzero(coded)
+
+
 def points_49(faces: FaceTable) -> Cells:
     """Return the 49 points ``(N, 98)`` of faces with 68."""
     values, valid = faces.numbers(labels.SCHEMES["68"].column)
