@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch import Tensor
 
 
 class EMA(EMAWeightAveraging):
@@ -28,6 +32,7 @@ class EMA(EMAWeightAveraging):
             update_starting_at_step=update_starting_at_step,
             use_buffers=True,
         )
+        self._kwargs["avg_fn"] = functools.partial(_averaged, decay=float(decay))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the averaged weights in place."""
@@ -43,3 +48,8 @@ class EMA(EMAWeightAveraging):
         """
         if self._average_model is not None:
             self._copy_average_to_current(module)
+
+
+def _averaged(average: Tensor, current: Tensor, count: Any, decay: float) -> Tensor:  # noqa: ANN401
+    """Return the new average, written so that weights that nobody trains stay bit-identical."""
+    return average + (1 - decay) * (current - average)
