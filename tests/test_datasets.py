@@ -267,8 +267,9 @@ def test_from_the_tree_to_the_protocols_numbers(case: Case, capsys: pytest.Captu
     dataset += [f"dataset.{key}={value}" for key, value in case.options.items()]
     config = configuration.compose("train", [*dataset, *case.settings])
 
+    capsys.readouterr()
     affect("check", *dataset, "report=check.json", "sheet=false")
-    report = read_json("check.json")
+    report, following = read_json("check.json"), following_command(capsys)
     assert report["ok"]
     assert report["synthetic"]
     assert report["rows"] == len(written)
@@ -283,11 +284,16 @@ def test_from_the_tree_to_the_protocols_numbers(case: Case, capsys: pytest.Captu
         capsys.readouterr()
         assert main(training) == 2, "crops that are not there"
         [command] = re.findall(r"run: affect (prepare .*)", capsys.readouterr().err)
+        assert following == ["prepare", *dataset]
         affect(*shlex.split(command), "workers=0")
+        following = following_command(capsys)
         [prepared] = [FaceTable.open(path) for path in Path("prepared").rglob("table-*.arrow")]
         assert prepared.column("source_image").to_pylist() == written.column("image").to_pylist()
         assert prepared.metadata["faces"]["found"] >= 0.8 * len(written)
 
+    assert following[:3] == training[:3], "what the command before says is next"
+    if not case.settings and not case.training:
+        training[1 : -len(TINY) - 1] = following[1:]
     affect(*training)
     results, predictions = read_json("run/results.json"), FaceTable.read_parquet(Path("run/predictions/test.parquet"))
     assert results["protocol"]["name"] == (case.protocol or PROTOCOLS.get(case.name, case.name))
@@ -310,6 +316,12 @@ def test_from_the_tree_to_the_protocols_numbers(case: Case, capsys: pytest.Captu
     values = [[record["value"] for record in one["headline"]] for one in (again, results)]
     assert values[0] == pytest.approx(values[1], abs=1e-5)
     assert again["protocol"]["name"] == results["protocol"]["name"]
+
+
+def following_command(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the words of the command that the one before names."""
+    [line] = re.findall(r"^next: affect (.*)$", capsys.readouterr().out, re.MULTILINE)
+    return shlex.split(line)
 
 
 def rows(part: str) -> np.ndarray:

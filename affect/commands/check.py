@@ -23,6 +23,7 @@ from tqdm import tqdm
 import affect
 from affect import labels
 from affect.commands import assembly
+from affect.commands.prepared import dataset_words, train_command
 from affect.data import check
 from affect.data.check import ERROR, LEVELS, NOTE, OK, WARNING, Finding
 from affect.data.expected import Expected
@@ -108,7 +109,7 @@ def run(config: DictConfig) -> None:
             f"{name}: {len(wrong)} {'errors' if len(wrong) > 1 else 'error'} ({shown}): training would be on the wrong "
             f"data; mend the tree, or accept what is meant so: {shlex.quote(f'accept=[{keys}]')}"
         )
-    console.print(f"next: {next_command(config, node, findings)}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"next: {next_command(config, node, table, findings)}", soft_wrap=True, highlight=False, markup=False)
 
 
 # -------------------------------------------------------------------------------------------------- in training
@@ -313,17 +314,19 @@ def findings_table(name: str, table: FaceTable, findings: Sequence[Finding], rep
     return shown
 
 
-def next_command(config: DictConfig, node: DictConfig, findings: Sequence[Finding]) -> str:
+def next_command(config: DictConfig, node: DictConfig, table: FaceTable, findings: Sequence[Finding]) -> str:
     """Return what to run after a check without errors: the preparation of crops where there is one, or training."""
-    settings = [f"dataset={node.get('name', 'dataset')}"]
-    settings += [f"dataset.{key}={node[key]}" for key in ("root", "table") if node.get(key)]
     prepare = config.get("prepare") or {}
     stored = not OmegaConf.is_missing(prepare, "stored") and bool(prepare.get("stored")) if prepare else False
     # What only this check finds (sizes, files) need not be accepted again; counts and rates do.
     keys = ",".join(finding.key for finding in findings if finding.level == check.ACCEPTED)
     accepted = [f"accept=[{keys}]"] if keys and not stored else []
-    command = "prepare" if stored else "train"
-    return shlex.join(["affect", command, *settings, *accepted])
+    if not stored:
+        return train_command(node, table, accepted)
+    chosen, *changed = dataset_words(node)
+    return shlex.join(
+        ["affect", "prepare", chosen, *([f"dataset.root={node.root}"] if node.get("root") else []), *changed]
+    )
 
 
 def draw_sheet(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from affect.commands import assembly
-from affect.commands.prepared import read_arguments, stored_recipes
+from affect.commands.prepared import read_arguments, recipe_words, stored_recipes, train_command
 from affect.data import prepare
 from affect.data.prepare import Work
 from affect.data.table import FaceTable
@@ -74,6 +74,10 @@ def run(config: DictConfig) -> None:
         return
     prepared = prepare.merge(work, units, read_arguments(config.dataset))
     report(console, name, prepared, len(table))
+    settings = recipe_words(recipe, Path(config.paths.prepared))
+    console.print(
+        f"next: {train_command(config.dataset, prepared, settings)}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def needed_models(recipe: CropRecipe, table: FaceTable, name: str) -> tuple[str | None, str]:
@@ -82,8 +86,8 @@ def needed_models(recipe: CropRecipe, table: FaceTable, name: str) -> tuple[str 
     Raises:
         ConfigError: If the recipe asks for the dataset's own points or boxes, and it has none.
     """
-    if recipe.needs == "nothing":
-        return None, OWN
+    if recipe.needs == "nothing":  # whole images are stored; a network only adds where their points are
+        return (None, OWN) if recipe.provider == OWN else (recipe.detector, recipe.provider)
     if recipe.provider == OWN or (recipe.needs == "box" and recipe.detector == OWN):
         if not prepare.has_own(table, recipe):
             raise ConfigError(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from affect import labels
 from affect.commands.configuration import config_directory
 from affect.data.dataset import alignment_scheme
 from affect.data.prepare import find_prepared
@@ -93,24 +95,70 @@ def require_croppable(node: DictConfig, table: FaceTable, recipe: CropRecipe | N
 
 def prepare_command(node: DictConfig, recipe: CropRecipe, prepared: Path | None = None) -> str:
     """Return the command line that prepares a dataset for a training with these settings."""
-    name = str(node.get("name", "dataset"))
     root = node.get("root") if not OmegaConf.is_missing(node, "root") else None
-    words = ["affect", "prepare", f"dataset={_option(name, node)}", f"dataset.root={root or DATASET_ROOT}"]
-    words += _changed(node, "dataset", _option(name, node), skipped={"name", "root"})
-    words += [f"prepare={recipe.name}"]
+    chosen, *changed = dataset_words(node)
+    words = ["affect", "prepare", chosen, f"dataset.root={root or DATASET_ROOT}", *changed]
+    words += recipe_words(recipe, prepared)
+    return " ".join(word if word.endswith(DATASET_ROOT) else shlex.quote(word) for word in words)
+
+
+def recipe_words(recipe: CropRecipe, prepared: Path | None = None) -> list[str]:
+    """Return the settings that choose a recipe of stored crops and the folder of prepared datasets."""
+    words = [f"prepare={recipe.name}"]
     stated = OmegaConf.create({k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("name", "size")})
     # The window is no matter of the stored crop.
     words += _changed(stated, "prepare", recipe.name, skipped={"window"})
     default = OmegaConf.load(config_directory() / "paths" / "default.yaml").prepared
     if prepared is not None and str(prepared) != str(Path(str(default)).expanduser()):
         words.append(f"paths.prepared={prepared}")
-    return " ".join(word if word.endswith(DATASET_ROOT) else shlex.quote(word) for word in words)
+    return words
+
+
+def dataset_words(node: DictConfig) -> list[str]:
+    """Return the settings that choose a dataset and how it is read, but for its root."""
+    option = _option(str(node.get("name", "dataset")), node)
+    return [f"dataset={option}", *_changed(node, "dataset", option, skipped={"name", "root"})]
+
+
+def train_command(node: DictConfig, table: FaceTable, more: Sequence[str] = ()) -> str:
+    """Return the command line that trains on a dataset all that its labels are for.
+
+    Args:
+        node: A dataset, with its root.
+        table: Its labels.
+        more: Further settings.
+    """
+    chosen, *changed = dataset_words(node)
+    where = [f"dataset.root={node.root}"] if node.get("root") else []
+    return shlex.join(["affect", "train", chosen, *where, *changed, *more, *fitting_tasks(table)])
+
+
+def fitting_tasks(table: FaceTable) -> list[str]:
+    """Return the settings that choose tasks which a table has labels for: behaviour, or else points, or attributes."""
+    names = table.names
+
+    def labelled(start: str, end: str = "") -> bool:
+        return any(name.startswith(start) and name.endswith(end) for name in names)
+
+    found = {
+        "au": labelled("au", "_occurrence"),
+        "au_intensity": labelled("au", "_intensity") and not labelled("au", "_occurrence"),
+        "expression": "expression" in names or labelled("expression_"),
+        "valence_arousal": {"valence", "arousal"} <= names,
+    }
+    tasks = [task for task, there in found.items() if there]
+    scheme = next((name for name in ("68", "98") if labels.SCHEMES[name].column in names), None)
+    if not tasks and scheme is not None:
+        return ["task=[landmarks]", *([] if scheme == "68" else [f"task.landmarks.scheme={scheme}"])]
+    if tasks or labelled("attribute_"):
+        return [f"task=[{','.join(tasks or ['attributes'])}]"]
+    return []
 
 
 def _option(name: str, node: DictConfig) -> str:
     """Return the option of the group ``dataset`` that a node comes from: that of its name, or that of its reader."""
     folder = config_directory() / "dataset"
-    if (folder / f"{name}.yaml").is_file():
+    if (folder / f"{name}.yaml").is_file() or _chosen() == name:
         return name
     target = node.read.get("_target_")
     same = [
@@ -119,6 +167,13 @@ def _option(name: str, node: DictConfig) -> str:
         if (leaf := OmegaConf.load(path)).get("read") and leaf.read.get("_target_") == target
     ]
     return same[0] if same else name
+
+
+def _chosen() -> str | None:
+    """Return the option of the group ``dataset`` on the command line, which may be one of the user's own."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get().runtime.choices.get("dataset") if HydraConfig.initialized() else None
 
 
 def _changed(node: DictConfig, group: str, option: str, skipped: set[str]) -> list[str]:

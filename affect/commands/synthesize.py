@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from tqdm import tqdm
 
-from affect import labels
 from affect.commands import assembly, configuration
+from affect.commands.prepared import fitting_tasks
 from affect.data import faces
 from affect.data.check import SYNTHETIC
 from affect.data.faces import FaceDials, FaceImages
@@ -163,7 +163,7 @@ class Tree:
         commands = [["check", *shared]]
         if self.prepared:
             commands.append(["prepare", *shared])
-        commands.append(["train", *shared, *_tasks(table)])
+        commands.append(["train", *shared, *fitting_tasks(table)])
         return [shlex.join(["affect", *words]) for words in commands]
 
 
@@ -232,23 +232,3 @@ def _writable(names: list[str]) -> list[str]:
 def _spelled(value: Any) -> str:  # noqa: ANN401
     """Return a setting's value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _tasks(table: FaceTable) -> list[str]:
-    """Return the settings that choose tasks which a table has labels for: behaviour, or else points, or attributes."""
-    names = table.names
-
-    def labelled(start: str, end: str = "") -> bool:
-        return any(name.startswith(start) and name.endswith(end) for name in names)
-
-    found = {
-        "au": labelled("au", "_occurrence"),
-        "au_intensity": labelled("au", "_intensity") and not labelled("au", "_occurrence"),
-        "expression": "expression" in names or labelled("expression_"),
-        "valence_arousal": {"valence", "arousal"} <= names,
-    }
-    tasks = [task for task, there in found.items() if there]
-    scheme = next((name for name in ("68", "98") if labels.SCHEMES[name].column in names), None)
-    if not tasks and scheme is not None:
-        return ["task=[landmarks]", *([] if scheme == "68" else [f"task.landmarks.scheme={scheme}"])]
-    return [f"task=[{','.join(tasks or ['attributes'])}]"]
