@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from affect import labels
 from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.check import verified
@@ -36,8 +38,9 @@ from affect.commands.run_folder import (
 )
 from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
+from affect.data.dataset import read_points
 from affect.data.images import Source
-from affect.data.protocol import SELECTIONS, TEST, VALIDATION
+from affect.data.protocol import SELECTIONS, TEST, TRAIN, VALIDATION
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, near
 from affect.models.base import AffectModule, Batch
@@ -48,6 +51,7 @@ from affect.report import (
     order_table,
     provenance,
     read_json,
+    reference_table,
     results_table,
     subgroup_table,
     write_json,
@@ -174,6 +178,49 @@ def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
         )
 
 
+def check_objectives(module: AffectModule, datamodule: FaceDataModule) -> list[str]:
+    """Refuse objectives on layers or tasks that do not exist, or on landmarks that no training row has.
+
+    Returns:
+        A sentence for each objective that does not act on all training rows.
+
+    Raises:
+        ConfigError: With the first of them and what to do.
+    """
+    rows, notes = datamodule.part_rows(TRAIN), []
+    total = sum(map(len, rows))
+    for name, objective in module.objectives.items():
+        objective.check(name, module)  # type: ignore[operator]
+        for scheme in getattr(objective, "schemes", ()):
+            found = landmark_rows(datamodule.sources, rows, scheme)
+            if not found:
+                others = [key for key in labels.SCHEMES if landmark_rows(datamodule.sources, rows, key)]
+                other = f", or set objectives.{name}.scheme={others[0]}, which the rows have" if others else ""
+                raise ConfigError(
+                    f"objective {name}: none of {total} training rows has landmarks of scheme {scheme} (column "
+                    f"{labels.SCHEMES[scheme].column}); find them by affect prepare with a recipe that stores them "
+                    f"(prepare=landmarks_only for images that are crops already) and train with that{other}"
+                )
+            if found < total:
+                notes.append(f"objective {name} acts on {found} of {total} training rows: the others have no landmarks")
+    return notes
+
+
+def landmark_rows(sources: Sequence[Source], rows: Sequence[np.ndarray], scheme: str, block: int = 1 << 14) -> int:
+    """Return in how many ``rows`` of the sources a point of a scheme is known."""
+    found = 0
+    for source, chosen in zip(sources, rows, strict=True):
+        if labels.SCHEMES[scheme].column in source.table.names:
+            for start in range(0, len(chosen), block):
+                found += int(read_points(source.table, scheme, chosen[start : start + block])[1].any(1).sum())
+    return found
+
+
+def encoder_notes(module: AffectModule) -> list[str]:
+    """Return what readers of results have to know of the initial weights of encoders."""
+    return [note for _, encoder in module.encoder_modules() for note in getattr(encoder, "notes", ())]
+
+
 def check_monitor(config: DictConfig, module: AffectModule) -> None:
     """Refuse scores that no metric gives, and a monitored value that validation will not log."""
     offered = {"val/score"} if any(t.score or t.loss for t in module.tasks.values()) else set()
@@ -212,6 +259,7 @@ def _train(
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
     check_monitor(config, module)
+    summary["notes"] += [*check_objectives(module, datamodule), *encoder_notes(module)]
     taken = None
     if config.init:
         taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].described)
@@ -523,7 +571,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
     if "order" in (results.get("findings") or {}):
         console.print(order_table(results["findings"]["order"]))
     if results.get("reference"):
-        console.print(f"reference (printed, never asserted): {results['reference']}")
+        console.print(reference_table(results["reference"], records))
 
 
 def headline_table(records: Sequence[Mapping[str, Any]], title: str, note: str) -> Table:

@@ -198,6 +198,37 @@ def comparison_table(
     return _noted(table, [] if keys else ["nothing to compare"], note)
 
 
+def reference_table(reference: Mapping[str, Any], records: Sequence[Record], title: str | None = None) -> Table:
+    """Return what a paper reports beside what was measured here; it is printed as what it is and never asserted.
+
+    Args:
+        reference: ``paper``, ``table``, ``metric`` (``<task>/<quantity>``), ``values`` by output (in the metric's own
+            unit; None where none are known), ``confidence`` (``found``, ``recalled-high`` …) and, optionally,
+            ``status`` (``transfer``: no paper reports this pair) and ``note``.
+        records: Records of this run.
+        title: Heading above the table.
+    """
+    task, _, quantity = str(reference.get("metric") or "").rpartition("/")
+    scores = {score.name: score for score in overall(read_scores(records)) if not task or score.task == task}
+    confidence = str(reference.get("confidence") or "none")
+    heading = title or f"Reference: {reference.get('paper')}, table {reference.get('table')}"
+    table = _table(heading)
+    values = reference.get("values") or {}
+    table.add_column("metric", no_wrap=True)
+    table.add_column("here", justify="right", no_wrap=True)
+    table.add_column(f"reference ({confidence})", justify="right", no_wrap=True)
+    if not values:
+        table.add_row(Text(quantity), Text("–"), Text("no values"))
+    for output, value in values.items():
+        score = scores.get(f"{quantity}/{output}")
+        here = "–" if score is None else number_text(score.value)
+        table.add_row(Text(f"{quantity}/{output}"), Text(here), Text(number_text(float(value))))
+    notes = [f"status: {reference['status']}"] if reference.get("status") else []
+    shown = _noted(table, notes, str(reference["note"]) if reference.get("note") else None)
+    shown.min_width = min(max(shown.min_width or 0, len(heading)), 78)  # rich would break a title to a narrow table
+    return shown
+
+
 def order_table(found: Mapping[str, Any], title: str | None = "Most probable orders") -> Table:
     """Return the table of a learnt order of tasks: weight in the mixture and tasks from first to last.
 

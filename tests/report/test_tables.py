@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from affect.errors import DataError
-from affect.report import comparison_table, markdown, markdown_table, results_table, subgroup_table, subgroup_tables
+from affect.report import (
+    comparison_table,
+    markdown,
+    markdown_table,
+    order_table,
+    reference_table,
+    results_table,
+    subgroup_table,
+    subgroup_tables,
+)
 from tests.report.sample_records import ALIGNMENT, AU, record
 
 
@@ -173,3 +182,26 @@ def test_markdown_escapes_what_would_break_a_row():
 def test_negative_zero_and_minus_sign():
     table = rows(markdown_table([record("ccc/valence", -0.00001, -0.2, 0.1)]))
     assert table[2][1:3] == ["0.000", "[−0.200, 0.100]"]
+
+
+def test_a_reference_stands_beside_the_run_as_what_it_is():
+    reference = {
+        "paper": "a paper", "table": 2, "metric": "au/f1", "values": {"AU1": 0.5, "AU9": 0.4, "mean": 0.45},
+        "confidence": "recalled-medium", "status": "transfer", "note": "from memory",
+    }  # fmt: skip
+    records = [record("f1/AU1", 0.25), record("f1/mean", 0.125), record("f1/AU1", 0.9, task="other")]
+    text = shown(reference_table(reference, records))
+    for part in ("Reference: a paper, table 2", "recalled-medium", "status: transfer", "from memory"):
+        assert part in text
+    lines = [line.split() for line in text.splitlines() if line.strip().startswith("f1/")]
+    assert lines == [["f1/AU1", "0.250", "0.500"], ["f1/AU9", "–", "0.400"], ["f1/mean", "0.125", "0.450"]]
+    empty = shown(reference_table({**reference, "values": None, "confidence": "none"}, []))
+    assert "no values" in empty
+    assert "Reference: a paper, table 2" in empty
+
+
+def test_the_most_probable_orders_are_listed_with_their_weights():
+    found = {"orders": [{"weight": 0.75, "order": ["AU4", "AU1"]}], "entropy": 0.56, "uniform_entropy": 0.69}
+    text = shown(order_table(found))
+    assert ["0.750", "AU4", "AU1"] in [line.split() for line in text.splitlines()]
+    assert "entropy of the mixture 0.56 of at most 0.69 nats" in text
