@@ -121,7 +121,7 @@ def write_findings(
     loggers: Sequence[Any] = (),
     step: int = 0,
 ) -> None:
-    """Write what a model found: ``order.png`` with the table ``order.md``, and ``uncertainties.png``.
+    """Write what a model found: ``order.png`` with ``order.md``, ``gate_usage.png``, ``uncertainties.png``.
 
     Args:
         folder: Folder of the run's figures.
@@ -139,6 +139,13 @@ def write_findings(
         with replacing(folder / "order.md") as part:
             part.write_text(text, encoding="utf-8")
         show(loggers, "order", figure, step, text)
+    if "usage" in findings.get("gate", {}):
+        found = findings["gate"]
+        figure = draw.gate_usage(
+            found["usage"], found["classes"], found["rows"], by=found["by"], information=found["information"]
+        )
+        draw.save(figure, folder / "gate_usage.png")
+        show(loggers, "gate_usage", figure, step)
     if sigmas:
         figure = draw.weight_curves(sigmas, best=best)
         draw.save(figure, folder / "uncertainties.png")

@@ -4,6 +4,7 @@
 from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, enlargement
 from affect.report.figures.curves import cumulative_error_curve, reliability_diagram, training_curves
 from affect.report.figures.findings import attention_sheet, soft_order_matrix, weight_curves
+from affect.report.figures.gates import gate_usage
 from affect.report.figures.scatter import circumplex, coefficient_scatter
 from affect.report.figures.scores import au_bars, confusion_matrix, ladder_bars
 from affect.report.figures.sheets import landmark_sheet, prediction_sheet, sample_sheet
@@ -20,6 +21,7 @@ __all__ = [
     "confusion_matrix",
     "cumulative_error_curve",
     "enlargement",
+    "gate_usage",
     "ladder_bars",
     "landmark_sheet",
     "prediction_sheet",
