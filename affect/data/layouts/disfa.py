@@ -111,6 +111,7 @@ def read(
     folds: str = "literature",
     threshold: int = THRESHOLD,
     points: bool = True,
+    lost_first: Sequence[str] = (),
 ) -> FaceTable:
     """Return the frames of DISFA.
 
@@ -124,18 +125,23 @@ def read(
             validation and test.
         threshold: Intensity from which an action unit occurs, 1 to 5.
         points: Read the tracked points where ``Landmark_Points`` is there, one small file per frame.
+        lost_first: With ``offset=1``: people whose images count from 0 though their image 0 is lost.
 
     Raises:
         DataError: If the root is not that of DISFA, a file is not as described above, or ``offset`` does not fit.
         ConfigError: If an option is unknown.
     """
-    _check_options(folds, threshold)
+    _check_options(folds, threshold, lost_first)
     part_of = facs.part_of(DIVISIONS[folds])
     reading = Reading(root, "disfa", holds=(_LABELS,))
     subjects = _subjects(reading)
     labelled = {subject: _labels(reading, subject, threshold) for subject in subjects}
     last = {subject: int(numbers[-1]) for subject, (numbers, _) in labelled.items() if len(numbers)}
-    found = _video_frames(reading, last) if frames == VIDEO else _extracted_frames(reading, frames, offset, last)
+    found = (
+        _video_frames(reading, last)
+        if frames == VIDEO
+        else _extracted_frames(reading, frames, offset, last, lost_first)
+    )
     sequences = facs.Sequences()
     for subject, (numbers, cells) in labelled.items():
         if points and subject in found:
@@ -152,9 +158,12 @@ def read(
     return reading.table(sequences.columns(always), label_source=facs.LABEL_SOURCE, people="disfa", division=folds)
 
 
-def _check_options(folds: str, threshold: int) -> None:
+def _check_options(folds: str, threshold: int, lost_first: Sequence[str]) -> None:
     if folds not in DIVISIONS:
         raise ConfigError(f"folds={folds}: {near(folds, DIVISIONS)}")
+    for subject in lost_first:
+        if subject not in SUBJECTS:
+            raise ConfigError(f"lost_first={subject}: {near(subject, SUBJECTS)}")
     check_threshold(threshold)
 
 
@@ -240,7 +249,7 @@ def _count(path: Path) -> int:
 
 
 def _extracted_frames(
-    reading: Reading, folder: str, offset: int | None, last: Mapping[str, int]
+    reading: Reading, folder: str, offset: int | None, last: Mapping[str, int], lost_first: Sequence[str]
 ) -> dict[str, dict[int, str]]:
     """Return image paths by person and frame, of extracted frames whose numbers fit ``offset``."""
     base = os.path.relpath(reading.root / Path(folder).expanduser(), reading.root)
@@ -250,7 +259,7 @@ def _extracted_frames(
     found = {subject: names for subject, names in found.items() if names}
     if not found:
         raise DataError(f"{reading.root / base}: no frames; expected {folder}/SN001/<number>.png and so on")
-    _check_offset(reading.root / base, found, offset, last)
+    _check_offset(reading.root / base, found, offset, lost_first)
     assert offset is not None
     return {
         subject: {number + offset: f"{base}/{subject}/{name}" for number, name in names.items()}
@@ -259,12 +268,12 @@ def _extracted_frames(
 
 
 def _check_offset(
-    folder: Path, found: Mapping[str, Mapping[int, str]], offset: int | None, last: Mapping[str, int]
+    folder: Path, found: Mapping[str, Mapping[int, str]], offset: int | None, lost_first: Sequence[str]
 ) -> None:
-    """Raise if images are not numbered as ``offset`` says: from 0 if and only if it is 1.
+    """Raise if a person's images are not numbered as ``offset`` says: with an image 0 if and only if it is 1.
 
-    A person's image 0 may be missing while others have theirs; images that are then numbered up to the last label
-    count from 1.
+    No other number tells: the last images may be lost, and a video may be longer than its labels. So whose image 0 is
+    lost has to be said.
     """
     zero = [subject for subject, names in found.items() if 0 in names]
     if offset is None:
@@ -281,12 +290,13 @@ def _check_offset(
             f"{folder / zero[0]} holds {found[zero[0]][0]}, so its images count from 0: set dataset.offset=1, "
             "otherwise every image has the label of the frame before"
         )
-    beyond = [subject for subject, names in found.items() if 0 not in names and max(names) >= last[subject]]
-    if offset == 1 and (beyond or not zero):
-        subject = beyond[0] if beyond else next(iter(found))
+    others = [subject for subject in found if subject not in zero and subject not in lost_first]
+    if offset == 1 and others:
+        subject = others[0]
+        lost = f", or if only its image 0 is lost, dataset.lost_first=[{subject}]" if zero else ""
         raise DataError(
             f"{folder / subject} holds no image 0, its images count from 1 ({found[subject][min(found[subject])]} …): "
-            "set dataset.offset=0, otherwise every image has the label of the next frame"
+            f"set dataset.offset=0, otherwise every image has the label of the next frame{lost}"
         )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import scipy.io
 
+from affect.data.check import ERROR, NOTE, WARNING, compare
 from affect.data.layouts import disfa, facs
 from affect.data.layouts.common import unchanged, write_image
+from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from affect.labels import AU_SETS, intensity_column, occurrence_column
 from tests.data.layouts.contract import LayoutContract
@@ -290,13 +292,24 @@ class TestOffset:
         with pytest.raises(ConfigError, match="offset=2: expected 0"):
             disfa.read(tree, frames="frames", offset=2)
 
+    def test_one_person_from_1_whose_last_image_is_lost(self, tree):
+        extract(tree / "frames", 0, {"SN001": 8, "SN029": 8})
+        extract(tree / "frames", 1, {"SN010": 6})
+        with pytest.raises(DataError, match=r"SN010 holds no image 0, .* dataset\.lost_first=\[SN010\]"):
+            disfa.read(tree, frames="frames", offset=1)
+
     @pytest.mark.parametrize("gone", [0, 3])
     def test_a_missing_image_is_counted(self, tree, gone):
         extract(tree / "frames", 0)
         (tree / f"frames/SN029/{gone}.png").unlink()
-        table = disfa.read(tree, frames="frames", offset=1)
+        lost_first = ["SN029"] if gone == 0 else ()
+        table = disfa.read(tree, frames="frames", offset=1, lost_first=lost_first)
         assert len(table) == 22
         assert table.metadata["skipped_examples"] == {"no image of a labelled frame": [f"SN029 frame {gone + 1}"]}
+
+    def test_nobody_whose_image_0_is_lost(self, tree):
+        with pytest.raises(ConfigError, match=r"lost_first=SN01: did you mean SN0"):
+            disfa.read(tree, frames="frames", offset=1, lost_first=["SN01"])
 
     def test_a_missing_folder_is_counted(self, tree):
         extract(tree / "frames", 0, {"SN001": 8})
@@ -406,6 +419,20 @@ class TestExpected:
         assert counts["rows/subject=SN021"].variants == {1793: disfa._JAANET}
         assert counts["rate/au25_occurrence"].value == 0.278
         assert not counts["size"].found
+
+    def test_the_rows_of_jaa_nets_lists_are_no_error(self):
+        """Whom else they lose rows of than the three whose numbers are known nobody published."""
+        counts = {name: disfa._WITH_POINTS.get(name, count) for name, count in disfa._ROWS.items()}
+        for name in ("SN002", "SN010", "SN016"):
+            counts[name] -= (sum(counts.values()) - 126_144) // (1 if name == "SN016" else 3)
+        subjects = np.repeat(list(counts), list(counts.values()))
+        part = np.array([facs.part_of(disfa.DIVISIONS["literature"])[name] for name in counts], object)
+        table = FaceTable.from_columns(
+            {"image": subjects, "subject": subjects, "part": np.repeat(part, list(counts.values()))}, ".", {}
+        )
+        found = compare(table, [entry for entry in disfa.expected() if not entry.key.startswith("rate")])
+        assert not [finding for finding in found if finding.level in (WARNING, ERROR)]
+        assert [finding.key for finding in found if finding.level == NOTE][:2] == ["rows", "rows/part=P1"]
 
     def test_rates_are_those_of_the_literatures_threshold(self):
         assert not [entry for entry in disfa.expected(threshold=1) if entry.key.startswith("rate")]
