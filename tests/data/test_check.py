@@ -67,6 +67,31 @@ def test_a_known_variant_is_named_and_no_error() -> None:
     assert "3,999 (one image cannot be read), 5,000 (somebody)" in finding.sentence
 
 
+def test_numbers_that_a_known_variant_may_have_are_noted() -> None:
+    part, coded = np.repeat(["train", "test"], [70, 20]), np.repeat([1.0, 0.0], [25, 65]).astype(np.float32)
+    faces = table(part=part, subject=np.repeat(["a", "b"], [70, 20]), au12_occurrence=coded)
+    wanted = {
+        "rows": Expected("rows", 100, "the paper", variants={90: "a list", 80: "another"}),
+        "rows/part=train": Expected("rows/part=train", 75, "the paper"),
+        "rows/part=test": Expected("rows/part=test", 31, "the paper"),  # the list lacks ten rows, not eleven
+        "rows/subject=a": Expected("rows/subject=a", 75, "the paper", variants={71: "a list"}),
+        "rows/subject=b": Expected("rows/subject=b", 25, "the paper", variants={24: "another"}),
+        "distinct/subject": Expected("distinct/subject", 3, "the paper"),
+        "rate/au12_occurrence": Expected("rate/au12_occurrence", 0.2, "the paper"),
+        "labelled/au12_occurrence": Expected("labelled/au12_occurrence", 100, "the paper"),
+    }
+    found = levels(check.compare(faces, wanted.values()))
+    assert found == {
+        **dict.fromkeys(wanted, NOTE),
+        **dict.fromkeys(("rows/part=test", "rows/subject=a", "distinct/subject"), ERROR),
+    }
+    assert "70: the number of a list is not known; 75 elsewhere" in check.compare(faces, wanted.values())[1].sentence
+    away = {**wanted, "rate/au12_occurrence": Expected("rate/au12_occurrence", 0.1, "the paper")}
+    assert levels(check.compare(faces, away.values()))["rate/au12_occurrence"] == ERROR
+    other = levels(check.compare(faces.take(np.arange(89)), wanted.values()))
+    assert {other["rows"], other["rows/part=train"], other["labelled/au12_occurrence"]} == {ERROR}
+
+
 @pytest.mark.parametrize(
     ("share", "found", "level"),
     [
