@@ -71,7 +71,7 @@ DIVISIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType({"lite
 BENCHMARK = labels.AU_SETS["bp4d"]
 TASKS = 8
 
-_IMAGE_FOLDERS = ("2D+3D", "BP4D-training")
+_IMAGE_FOLDERS = ("2D+3D/", "BP4D-training/", "")
 _INTENSITY_FOLDERS = ("AUCoding/AU_INT", "AU Intensity Codes3.0")
 _INTENSITY = re.compile(r"([FM]\d{3})_T0*(\d+)(?:_.*)?\.csv", re.IGNORECASE)
 _CODED = re.compile(r"([FM]\d{3})_T0*(\d+)\.csv", re.IGNORECASE)
@@ -149,10 +149,9 @@ def occurrence_files(reading: Reading) -> tuple[str, list[tuple[str, int, str]]]
 
 
 def _image_folder(reading: Reading) -> str:
-    for name in _IMAGE_FOLDERS:
-        if reading.touch(reading.root / name).is_dir():
-            return f"{name}/"
-    return ""
+    """Return the first folder that holds a person: an empty one may be left over from unpacking."""
+    held = (name for name in _IMAGE_FOLDERS if not set(SUBJECTS).isdisjoint(reading.listing(name)))
+    return next(held, _IMAGE_FOLDERS[0])
 
 
 def intensity_files(reading: Reading) -> dict[int, dict[str, str]]:

@@ -115,6 +115,15 @@ class TestTraits:
         with pytest.raises(DataError, match=r"F001/T2: 0037\.jpg and 37\.jpg are the same number"):
             bp4d.read(tree)
 
+    @pytest.mark.parametrize("above", ["BP4D-training/", ""])
+    def test_an_empty_folder_beside_the_images_is_passed_over(self, tree, above):
+        (tree / above).mkdir(exist_ok=True)
+        for folder in list((tree / "2D+3D").iterdir()):
+            folder.rename(tree / above / folder.name)
+        table = bp4d.read(tree)
+        assert len(table) == 3 * 2 * 6 - 1
+        assert table.strings("image")[0][0] == f"{above}F001/T1/0037.jpg"
+
     def test_nine_is_null_in_its_own_cell(self, tree):
         table = bp4d.read(tree)
         image = "2D+3D/F003/T2/39.jpg"
