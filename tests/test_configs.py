@@ -27,6 +27,9 @@ NEEDS = {
     "finder=face_alignment": (),
 }
 ELSEWHERE = ("trainer", "read", "images", "encoder")
+ELSEWHERE_BUILT = ("encoder=resnet50", "encoder=vgg16_vggface")
+"""Encoders that are large; VGGFace also needs a file (tests/models/test_vggface.py)."""
+
 FRAMEWORK_ARGUMENTS = {
     "tasks", "optimizer", "scheduler", "weighting", "objectives", "self", "args", "kwargs", "params", "total_steps",
     "loss", "metrics", "target", "weight", "score", "common", "clean", "check_images", "last_epoch", "table",
@@ -84,7 +87,7 @@ def test_leaves_of_our_classes_list_every_argument_with_its_default(name: str) -
         for parameter in inspect.signature(callee(target)).parameters.values():
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 continue
-            assert parameter.name in node or parameter.name in FRAMEWORK_ARGUMENTS, f"{name}: {target} {parameter.name}"
+            assert parameter.name in set(node) | FRAMEWORK_ARGUMENTS, f"{name}: {target} {parameter.name}"
 
 
 def test_the_dials_of_the_built_in_faces_are_listed_with_their_defaults() -> None:
@@ -116,7 +119,7 @@ def test_every_task_builds(name: str) -> None:
     assert tasks[option].metrics
 
 
-@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "encoder" and "resnet50" not in n])
+@pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "encoder" and n not in ELSEWHERE_BUILT])
 def test_every_encoder_builds_and_trains_with_every_optimizer_and_schedule(name: str) -> None:
     config = compose_config(
         "train", [name, "encoder.weights=null"] if "timm" not in name else [name, "encoder.name=test_resnet"]
@@ -171,7 +174,7 @@ def drawn_trees(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return root
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("pal_")])
 def test_every_experiment_runs_two_batches(
     name: str, tmp_path: Path, drawn_trees: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +214,10 @@ def test_references_say_how_sure_they_are(name: str) -> None:
     assert reference.get("status") in (None, "transfer")
     assert (reference["values"] is None) == (reference["confidence"] == "none")
     if reference["values"]:
+        if "/" not in reference["metric"]:  # a task, whose whole numbers are listed
+            assert reference["metric"] in config.task
+            assert set(reference["values"]) <= {"accuracy", "mean_class_accuracy", "macro_f1"}
+            return
         values = [value for key, value in reference["values"].items() if key != "mean"]
         assert abs(sum(values) / len(values) - reference["values"]["mean"]) < 1e-3
         outputs = [f"AU{au}" for au in labels.AU_SETS[config.dataset.aus]]

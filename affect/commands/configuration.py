@@ -46,6 +46,7 @@ _EXAMPLES = {
     "dataset.root": "dataset.root=/data/faces",
     "dataset.table": "dataset.table=labels.csv",
     "input": "input=photo.jpg",
+    "objectives.pal.layer": "objectives.pal.layer=encoder.model.layer3",
     "out": "out=folder",
     "what": "affect benchmark step",
 }

@@ -24,7 +24,7 @@ FOUND, NEIGHBOUR, CENTRE = "found", "neighbour", "centre"
 """How a face's place is known: values of the column ``face``."""
 
 REACH = 64
-"""A face is taken from a neighbour at most this many frames away; as many frames wait in memory at most."""
+"""A face is taken from a neighbour whose frame number is at most this far away; as many images wait in memory at most."""
 
 _BATCH = 8
 _PRECISION = 64
@@ -225,9 +225,9 @@ class Placer:
         Between two frames points move in a straight line; with one of them they stay. A frame that is farther than
         ``REACH`` is no neighbour.
         """
-        if before is not None and held.place - before.place > REACH:
+        if before is not None and held.time - before.time > REACH:
             before = None
-        if after is not None and after.place - held.place > REACH:
+        if after is not None and after.time - held.time > REACH:
             after = None
         anchor = None
         if before is not None and after is not None:
@@ -235,11 +235,13 @@ class Placer:
             anchor = before.anchor + np.clip(share, 0, 1) * (after.anchor - before.anchor)
         elif before is not None or after is not None:
             anchor = (before or after).anchor  # type: ignore[union-attr]
-        if anchor is not None and self._usable(anchor):
+        if anchor is not None and self.recipe.needs != "nothing" and self._usable(anchor):
             return Placed(self._matrix(anchor, held.image), NEIGHBOUR, held.reason, held.faces, None)
         return Placed(self._centre(held), CENTRE, held.reason, held.faces, None)
 
     def _centre(self, held: _Waiting) -> np.ndarray:
+        if self.recipe.needs == "nothing":
+            return self._matrix(np.zeros(0), held.image)
         upright = replace(self.recipe, kind="box")
         if held.hint is not None:
             return upright.matrix(box=held.hint)

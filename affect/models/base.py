@@ -63,6 +63,21 @@ class Objective(nn.Module):
     layers: tuple[str, ...] = ()
     weight: float = 1.0
 
+    def check(self, name: str, module: AffectModule) -> None:
+        """Refuse a model that the objective cannot act on, before anything is trained.
+
+        Args:
+            name: Name of the objective, for messages.
+            module: The model.
+
+        Raises:
+            ConfigError: If a layer does not exist; it names near ones.
+        """
+        modules = dict(module.named_modules())
+        for layer in self.layers:
+            if layer not in modules:
+                raise ConfigError(f"objective {name}: no layer {layer!r}; {near(layer, modules)}")
+
     def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
         """Return the sum of the objective over the samples it applies to, and their number."""
         raise NotImplementedError
@@ -451,9 +466,8 @@ class AffectModule(pl.LightningModule):
             return
         modules = dict(self.named_modules())
         for name, objective in self.objectives.items():
+            objective.check(name, self)
             for layer in objective.layers:
-                if layer not in modules:
-                    raise ConfigError(f"objective {name}: no layer {layer!r}; {near(layer, modules)}")
                 self._tap_handles.append(modules[layer].register_forward_hook(self._tap(layer)))
 
     def _tap(self, layer: str) -> Callable[..., None]:

@@ -202,13 +202,16 @@ def reference_table(reference: Mapping[str, Any], records: Sequence[Record], tit
     """Return what a paper reports beside what was measured here; it is printed as what it is and never asserted.
 
     Args:
-        reference: ``paper``, ``table``, ``metric`` (``<task>/<quantity>``), ``values`` by output (in the metric's own
-            unit; None where none are known), ``confidence`` (``found``, ``recalled-high`` …) and, optionally,
+        reference: ``paper``, ``table``, ``metric`` (``<task>/<quantity>`` with ``values`` by output, or a task alone
+            with ``values`` by number, e.g. ``accuracy``; in the metric's own unit, None where none are known), ``confidence`` (``found``, ``recalled-high`` …) and, optionally,
             ``status`` (``transfer``: no paper reports this pair) and ``note``.
         records: Records of this run.
         title: Heading above the table.
     """
-    task, _, quantity = str(reference.get("metric") or "").rpartition("/")
+    metric = str(reference.get("metric") or "")
+    task, slash, quantity = metric.rpartition("/")
+    if not slash and reference.get("values"):
+        task, quantity = metric, ""
     scores = {score.name: score for score in overall(read_scores(records)) if not task or score.task == task}
     confidence = str(reference.get("confidence") or "none")
     heading = title or f"Reference: {reference.get('paper')}, table {reference.get('table')}"
@@ -220,9 +223,10 @@ def reference_table(reference: Mapping[str, Any], records: Sequence[Record], tit
     if not values:
         table.add_row(Text(quantity), Text("–"), Text("no values"))
     for output, value in values.items():
-        score = scores.get(f"{quantity}/{output}")
+        name = f"{quantity}/{output}" if quantity else str(output)
+        score = scores.get(name)
         here = "–" if score is None else number_text(score.value)
-        table.add_row(Text(f"{quantity}/{output}"), Text(here), Text(number_text(float(value))))
+        table.add_row(Text(name), Text(here), Text(number_text(float(value))))
     notes = [f"status: {reference['status']}"] if reference.get("status") else []
     shown = _noted(table, notes, str(reference["note"]) if reference.get("note") else None)
     shown.min_width = min(max(shown.min_width or 0, len(heading)), 78)  # rich would break a title to a narrow table

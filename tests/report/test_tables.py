@@ -205,3 +205,10 @@ def test_the_most_probable_orders_are_listed_with_their_weights():
     text = shown(order_table(found))
     assert ["0.750", "AU4", "AU1"] in [line.split() for line in text.splitlines()]
     assert "entropy of the mixture 0.56 of at most 0.69 nats" in text
+
+
+def test_a_reference_may_list_whole_numbers_of_a_task():
+    reference = {"paper": "P", "table": 1, "metric": "expression", "values": {"accuracy": 0.8954}, "confidence": "none"}
+    text = shown(reference_table(reference, [record("accuracy", 0.5, task="expression")]))
+    lines = [line.split() for line in text.splitlines() if line.strip().startswith("accuracy")]
+    assert lines == [["accuracy", "0.500", "0.895"]]

@@ -18,7 +18,7 @@ from affect.losses.privileged_attribution import (
     privileged_attribution,
     spread_of,
 )
-from affect.models.base import Batch, Objective
+from affect.models.base import AffectModule, Batch, Objective
 
 _CONSTANT = 1e-5
 
@@ -69,6 +69,16 @@ class PrivilegedAttribution(Objective):
         self.layer, self.task, self.score, self.scheme = str(layer), task, score, str(scheme)
         self.kind, self.channels, self.scale = kind, channels, scale
         self.sigma, self.weight = float(sigma), float(weight)
+
+    def check(self, name: str, module: AffectModule) -> None:
+        """Refuse a model without the layer or the task, or whose landmarks are its outputs.
+
+        Raises:
+            ConfigError: With near names.
+        """
+        super().check(name, module)
+        if self.task not in module.tasks:
+            raise ConfigError(f"objectives.{name}.task={self.task}: no such task; {near(self.task, module.tasks)}")
 
     def attribution(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the attribution, float32 ``(B, C, h, w)``, and which images have a score, bool ``(B,)``.
