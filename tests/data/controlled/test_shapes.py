@@ -45,7 +45,7 @@ def test_shapes_differ():
     assert abs(heart - ellipse).mean() > 0.02
     assert heart[: SIDE // 2].sum() > heart[SIDE // 2 :].sum()  # the tip is below
     assert heart[6, 15] < heart[6, 11]  # and the notch above
-    assert square.sum() == pytest.approx((2 * 0.85 * 0.3 * SIDE) ** 2, rel=0.03)
+    assert square.sum() == pytest.approx((2 * 0.85 * 0.3 * SIDE) ** 2, rel=0.05)
 
 
 def test_every_shape_lies_within_the_image():
