@@ -111,7 +111,7 @@ def read_or_stored(
     table = None if fresh else stored_table(path)
     if table is not None:
         return table
-    with _alone(path):
+    with alone(path):
         # Another process may have stored it while this one waited.
         table = None if fresh else stored_table(path)
         if table is not None:
@@ -152,8 +152,11 @@ def _announce(name: str, done: threading.Event, say: Callable[[str], None]) -> N
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock beside ``path``, which the system releases however the process ends; without one where none works."""
+def alone(path: Path) -> Iterator[None]:
+    """Hold a lock beside ``path``, which the system releases however the process ends; without one where none works.
+
+    Whoever waited for it has to look whether ``path`` is there now.
+    """
     lock = path.with_suffix(".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
