@@ -20,7 +20,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -202,10 +202,6 @@ class ZipImages(_ArchiveImages[_Zip]):
                 pictures.append(open_encoded(self._archives.get(path).data(member), _shown(path, member)))
         return pictures
 
-    def members(self, archive: str) -> list[str]:
-        """Return the names of the files in an archive (relative to the root), sorted."""
-        return [name.decode() for name in self._archives.get(self.root / archive)._names.tolist()]
-
 
 def _shown(path: Path, member: str) -> Path:
     return Path(f"{path}{SEPARATOR}{member}")
@@ -286,11 +282,6 @@ class VideoImages(_ArchiveImages[_Video]):
     def _opening(self) -> _OpenArchives[_Video]:
         return _OpenArchives(_Video, self.most)
 
-    def stream(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the images of ``rows`` ``(N,)`` one by one, in their order; one frame is held at a time."""
-        for archive, member in self._names(rows):
-            yield self._frame(archive, member)
-
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         names = self._names(rows)
         # Forwards through each video, whatever the order that was asked for.
@@ -363,11 +354,3 @@ class ShardImages(_ArchiveImages[_Shard]):
             else:
                 pictures.append(open_encoded(self._archives.get(path).data(member), _shown(path, member)))
         return pictures
-
-
-def write_shard(path: Path, images: Sequence[bytes]) -> None:
-    """Write encoded images as an Arrow shard to ``path``; the bytes are a function of the images alone."""
-    column = pa.array(images, pa.large_binary())
-    table = pa.table({"image": column})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)

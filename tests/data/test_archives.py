@@ -7,10 +7,11 @@ import zipfile
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from affect.data import archives
-from affect.data.archives import ShardImages, VideoImages, ZipImages, split_member, write_shard
+from affect.data.archives import ShardImages, VideoImages, ZipImages, split_member
 from affect.data.images import ImageReader, PictureReader
 from affect.data.layouts.common import write_image
 from affect.data.table import FaceTable
@@ -54,6 +55,12 @@ def write_video(path, codec="MJPG"):
     writer.release()
 
 
+def write_shard(path, images):
+    table = pa.table({"image": pa.array(images, pa.large_binary())})
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+
+
 def number_of(frame):
     return round(float(frame.mean()) / 20)
 
@@ -68,7 +75,6 @@ def test_members_of_packed_and_stored_archives_and_plain_files_are_read(zipped):
     reader = ZipImages(table_of(names, zipped))
     for image, k in zip(reader.read(np.arange(4)), (2, 3, 9, 1), strict=True):
         np.testing.assert_array_equal(image, picture(k))
-    assert reader.members("F001.zip") == ["F001/T1/1.png", "F001/T1/2.png", "F001/T1/3.png"]
     assert isinstance(reader, ImageReader)
     assert isinstance(reader, PictureReader)
 
@@ -139,7 +145,6 @@ def test_every_frame_is_the_one_with_its_number(tmp_path, codec, suffix):
     reader = VideoImages(table_of([f"v{suffix}!{n}" for n in order], tmp_path))
     assert [number_of(image) for image in reader.read(np.arange(6))] == order
     assert [number_of(reader.read(np.array([k]))[0]) for k in range(6)] == order
-    assert [number_of(image) for image in reader.stream(np.arange(6))] == order
 
 
 def test_colours_of_a_video_are_rgb(tmp_path):
@@ -150,7 +155,7 @@ def test_colours_of_a_video_are_rgb(tmp_path):
     np.testing.assert_allclose(image.mean((0, 1)), (10, 30, 200), atol=6)
 
 
-def test_a_stream_decodes_a_video_once_and_holds_one_frame(tmp_path, monkeypatch):
+def test_frames_one_by_one_decode_a_video_once_and_none_ahead(tmp_path, monkeypatch):
     write_video(tmp_path / "v.avi")
     grabbed = []
 
@@ -168,7 +173,7 @@ def test_a_stream_decodes_a_video_once_and_holds_one_frame(tmp_path, monkeypatch
     capture = cv2.VideoCapture
     monkeypatch.setattr(archives.cv2, "VideoCapture", Counting)
     reader = VideoImages(table_of([f"v.avi!{n}" for n in (2, 3, 3, 8, 12)], tmp_path))
-    stream = reader.stream(np.arange(5))
+    stream = (reader.read(np.array([row]))[0] for row in range(5))
     assert number_of(next(stream)) == 2
     assert len(grabbed) == 2  # nothing is decoded ahead
     assert [number_of(image) for image in stream] == [3, 3, 8, 12]
@@ -189,11 +194,9 @@ def test_frames_that_do_not_exist_say_so(tmp_path):
             VideoImages(table_of([name], tmp_path)).read(np.array([0]))
 
 
-def test_shards_give_their_rows_and_the_same_bytes_each_time(tmp_path):
+def test_shards_give_their_rows(tmp_path):
     images = [encoded(picture(k)) for k in range(4)]
     write_shard(tmp_path / "u00000.arrow", images)
-    write_shard(tmp_path / "again.arrow", images)
-    assert (tmp_path / "u00000.arrow").read_bytes() == (tmp_path / "again.arrow").read_bytes()
     reader = ShardImages(table_of(["u00000.arrow!3", "u00000.arrow!0"], tmp_path))
     for image, k in zip(reader.read(np.arange(2)), (3, 0), strict=True):
         np.testing.assert_array_equal(image, picture(k))
