@@ -203,8 +203,9 @@ def reference_table(reference: Mapping[str, Any], records: Sequence[Record], tit
 
     Args:
         reference: ``paper``, ``table``, ``metric`` (``<task>/<quantity>`` with ``values`` by output, or a task alone
-            with ``values`` by number, e.g. ``accuracy``; in the metric's own unit, None where none are known), ``confidence`` (``found``, ``recalled-high`` …) and, optionally,
-            ``status`` (``transfer``: no paper reports this pair) and ``note``.
+            with ``values`` by number, e.g. ``accuracy``; None where none are known; in the metric's own unit),
+            ``confidence`` (``found``, ``recalled-high`` …) and, optionally, ``status`` (``transfer``: no paper reports
+            this pair) and ``note``.
         records: Records of this run.
         title: Heading above the table.
     """
