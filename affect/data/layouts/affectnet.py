@@ -234,6 +234,7 @@ def _read_set(reading: Reading, folder: str, uncertain: str) -> _Rows:
     """Return the rows of one part: its images that have an expression."""
     images = reading.numbered(f"{folder}/images")
     files: dict[str, dict[int, str]] = {kind: {} for kind in ("exp", "val", "aro", "lnd")}
+    reading.touch_files(f"{folder}/annotations")
     for name in reading.listing(f"{folder}/annotations"):
         match = _FILE.fullmatch(name)
         if match is not None:

@@ -332,11 +332,11 @@ def _points(reading: Reading, subject: str, frames: np.ndarray) -> facs.Cells | 
     for pattern, first in ((_POINTS_FROM_0, 0), (_POINTS_FROM_1, 1)):
         for match in filter(None, map(pattern.fullmatch, reading.listing(folder))):
             files.setdefault(int(match[1]) + 1 - first, match[0])
+    reading.touch_files(folder)
     values, valid = np.zeros((len(frames), 98), np.float32), np.zeros(len(frames), bool)
     for row, frame in enumerate(frames.tolist()):
         if frame not in files:
             continue
-        # Only the folder is remembered for changes: 130,000 files would make the table's metadata larger than itself.
         found = facs.load_mat(reading, f"{folder}/{files[frame]}", "pts", touch=False)
         if found is None or found.shape != (66, 2) or found.dtype.kind not in "fiu":
             reading.note("some files of Landmark_Points hold no 66 points `pts`: those points are missing")

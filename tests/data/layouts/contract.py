@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +23,7 @@ from affect.data.layouts.common import Dressed, unchanged
 from affect.data.table import FaceTable, declared_type
 from affect.data.transforms import FaceTransform, swap_mirrored
 from affect.errors import DataError
+from tests.data.layouts.trees import IMAGES
 
 DIALS = FaceDials(image_size=48, subjects=12, yaw=(-10, 10), occluder=0.0, missing_au=0.0)
 COUNT = 60
@@ -187,8 +191,23 @@ class LayoutContract:
         with pytest.raises(DataError, match="no such folder"):
             self.read(tmp_path / "nowhere")
 
-    def test_a_stored_table_knows_whether_the_tree_changed(self, table, root):
-        assert unchanged(table, table.root)
+    unread: tuple[str, ...] = ()
+    """Beginnings of the files that are written and that this way of reading does not look at."""
+
+    def test_a_stored_table_knows_whether_the_tree_changed(self, root, tmp_path):
+        tree = shutil.copytree(root, tmp_path / "tree")
+        table = self.read(tree)
+        assert unchanged(table, tree)
+        for name, path in kinds(tree).items():
+            read = path.stat()
+            # Written in place: no folder tells of it.
+            os.utime(path, ns=(read.st_atime_ns, read.st_mtime_ns + 1))
+            assert unchanged(table, tree) == name.startswith(self.unread), name
+            os.utime(path, ns=(read.st_atime_ns, read.st_mtime_ns))
+            assert unchanged(table, tree)
+        image = tree / table.strings("image", np.array([len(table) // 2]))[0][0].partition("!")[0]
+        image.unlink()
+        assert not unchanged(table, tree)
 
     def test_expectations_can_be_measured(self, table):
         wanted = self.expected()
@@ -202,6 +221,15 @@ class LayoutContract:
 
     def expected(self) -> tuple[Expected, ...]:
         return self.layout.expected()
+
+
+def kinds(tree: Path) -> dict[str, Path]:
+    """Return a file of each kind but single images, by its name below ``tree`` without numbers."""
+    found: dict[str, Path] = {}
+    for path in sorted(tree.rglob("*")):
+        if path.is_file() and path.suffix.lower() not in IMAGES:
+            found.setdefault(re.sub(r"\d+", "#", str(path.relative_to(tree))), path)
+    return found
 
 
 def assert_same(wanted: FaceTable, found: FaceTable, tolerance: float) -> None:

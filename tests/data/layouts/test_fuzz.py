@@ -91,9 +91,10 @@ def tree(request, tmp_path_factory) -> tuple[Case, Path, list[tuple[Path, bytes]
     touched = case.read(root).metadata["touched"]
     files = [path for path in sorted(root.rglob("*")) if path.is_file()]
     files = [path for path in files if path.suffix.lower() not in (*IMAGES, ".avi", ".mp4")]
-    # A set with a label file per image remembers its folders only.
-    labels = [path for path in files if str(path.relative_to(root)) in touched] or files
-    assert labels
+    # A set with a label file per image remembers these by folder.
+    places = [(path, path.relative_to(root)) for path in files]
+    labels = [path for path, place in places if str(place) in touched or f"{place.parent}/*" in touched]
+    assert {path.suffix for path in labels} == {path.suffix for path in files}
     return case, root, [(path, path.read_bytes()) for path in labels]
 
 

@@ -53,11 +53,13 @@ def write(tree, name, lines, ending="\n"):
 class TestContract(LayoutContract):
     layout = wflw
     group = "photograph"
+    unread = ("WFLW_annotations/list_#pt_test",)
 
 
 class TestContractWithRectangles(LayoutContract):
     layout = wflw
     group = "photograph"
+    unread = ("WFLW_annotations/list_#pt_test",)
 
     def read(self, root):
         return wflw.read(root, box="detector")
