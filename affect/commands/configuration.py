@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 PATH_KEYS = (
     "checkpoint",
     "dataset.labels",
+    "dataset.leave_out",
     "dataset.root",
+    "dataset.sources.*.leave_out",
     "dataset.sources.*.root",
     "dataset.sources.*.table",
     "dataset.table",
@@ -114,6 +117,23 @@ def quote_paths(overrides: Iterable[str]) -> list[str]:
         ["dataset.root='/data/a=b (1)'", 'seed=1,2']
     """
     return [_quote_path(override) for override in overrides]
+
+
+def write_list(key: str, values: Sequence[str]) -> str:
+    """Return ``key=[…]`` as Hydra reads it back, with quotes around the values that need them; a shell needs more.
+
+    Example:
+        >>> write_list("accept", ["rows", "rows/part=train"])
+        'accept=[rows,"rows/part=train"]'
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    plain = (re.fullmatch(r"[A-Za-z][\w/.*-]*", value) and value.lower() not in _LITERALS for value in values)
+    written = [
+        value if simple else QuotedString(value, Quote.double).with_quotes()
+        for value, simple in zip(values, plain, strict=True)
+    ]
+    return f"{key}=[{','.join(written)}]"
 
 
 def is_path_key(key: str) -> bool:
@@ -488,6 +508,9 @@ def _explain_override(error: Exception) -> str:
         return f"cannot read {override!r}; write key=value"
     if not re.fullmatch(r"\+{0,2}[\w@/:.$\-]+", key):
         return f"cannot read the key of {override!r}; write key=value without spaces around ="
+    if value.startswith("[") and value.endswith("]") and not re.search("[\"'\\[\\]]", value[1:-1]):
+        listed = write_list(key, [item.strip() for item in value[1:-1].split(",")])
+        return f"cannot read the value of {override!r}; quote items with special characters: {shlex.quote(listed)}"
     escaped = value.replace("'", "\\'")
     return f"cannot read the value of {override!r}; quote a value with special characters: \"{key}='{escaped}'\""
 

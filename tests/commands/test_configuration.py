@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,11 @@ def test_open_hydra_leaves_hydra_as_it_was(tree):
         (["seed"], "cannot read 'seed'; write key=value"),
         (["seed =3"], "cannot read the key of 'seed =3'"),
         (["encoder.name=(a"], "cannot read the value of 'encoder.name=(a'; quote"),
+        (
+            ["task=[au,rows/part=P1]"],
+            """cannot read the value of 'task=[au,rows/part=P1]'; quote items with special characters: """
+            """'task=[au,"rows/part=P1"]'""",
+        ),
         (["dataset=3"], "dataset=3: a group takes the name of an option"),
         (["+seed=3"], "seed exists already; write seed=… without +"),
         (["~sed"], "'sed' does not exist"),
@@ -197,6 +203,12 @@ def test_mistakes_are_said_in_one_line(tree, overrides, said):
         configuration.compose("train", overrides)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["rows", "rows/part=P1", 'skipped/it\'s "cut", 1 \\ 2', "null", "rows/*", "ä", "3"])
+def test_a_list_that_is_written_is_read_back_by_shell_and_parser(tree, key):
+    line = shlex.quote(configuration.write_list("+accept", ["first", key]))
+    assert list(configuration.compose("train", shlex.split(line)).accept) == ["first", key]
 
 
 def test_a_group_without_default_is_asked_for(tree):
