@@ -41,7 +41,7 @@ class PackagedWeights(NamedTuple):
     std: tuple[float, float, float]
 
 
-__all__ = ["PACKAGED", "PixelVector", "PlainConvolutions", "TimmEncoder", "read_state_dict"]
+__all__ = ["PACKAGED", "PixelGrid", "PixelVector", "PlainConvolutions", "TimmEncoder", "read_state_dict"]
 
 PACKAGED = MappingProxyType(
     {
@@ -365,6 +365,35 @@ class PlainConvolutions(nn.Module):
     def layer_index(self) -> dict[str, int]:
         """Return for each parameter the number of its layer."""
         return {name: int(name.split(".")[0]) for name, _ in self.model.named_parameters()}
+
+
+class PixelGrid(nn.Module):
+    """An encoder of grids whose cells are stored as small squares of pixels: one channel per byte of a cell.
+
+    Args:
+        image_size: Side of the images in pixels.
+        cell: Side of a cell in pixels.
+
+    Attributes:
+        num_features: Channels of the output.
+    """
+
+    channel_order, origin, output = "RGB", "none", "map"
+
+    def __init__(self, image_size: int, cell: int = 2) -> None:
+        super().__init__()
+        if cell < 1 or image_size % cell:
+            raise ConfigError(f"encoder.image_size={image_size} is no multiple of encoder.cell={cell}")
+        self.image_size, self.cell, self.num_features = int(image_size), int(cell), 3 * int(cell) ** 2
+        self.model = nn.PixelUnshuffle(self.cell)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return a map ``(B, 3 cell², S / cell, S / cell)`` in [-1, 1] of RGB uint8 images ``(B, 3, S, S)``."""
+        return self.model(image.float() / 127.5 - 1)
+
+    def layer_index(self) -> dict[str, int]:
+        """Return nothing: there are no parameters."""
+        return {}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ looked at, and auxiliary objectives differentiate through it twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -90,6 +90,7 @@ class Patches(nn.Module):
         heads: Attention heads.
         hidden: Units of a layer's perceptron.
         dropout: Rate.
+        placed: Whether positions are learnt; False leaves patches without a place (ablation).
     """
 
     def __init__(
@@ -101,10 +102,12 @@ class Patches(nn.Module):
         heads: int = 8,
         hidden: int = 512,
         dropout: float = 0.1,
+        placed: bool = True,
     ) -> None:
         super().__init__()
         self.project = nn.Conv2d(features, dim, 1)
-        self.positions = nn.Parameter(torch.empty(count, dim).normal_(std=0.02))
+        start = torch.empty(count, dim).normal_(std=0.02)
+        self.positions = nn.Parameter(start if placed else torch.zeros_like(start), requires_grad=placed)
         self.position_bias = nn.Parameter(torch.zeros(dim))
         self.layers = nn.ModuleList(Layer(dim, heads, hidden, dropout) for _ in range(layers))
 
@@ -200,6 +203,7 @@ class TokenTransformer(nn.Module):
         encoder_layers: Self-attention layers on patches.
         decoder_layers: Layers of tokens.
         dropout: Rate.
+        placed: Whether patches have learnt positions.
     """
 
     def __init__(
@@ -213,10 +217,11 @@ class TokenTransformer(nn.Module):
         encoder_layers: int = 1,
         decoder_layers: int = 2,
         dropout: float = 0.1,
+        placed: bool = True,
     ) -> None:
         super().__init__()
         self.spans = dict(spans)
-        self.patches = Patches(features, positions, dim, encoder_layers, heads, hidden, dropout)
+        self.patches = Patches(features, positions, dim, encoder_layers, heads, hidden, dropout, placed)
         count = max(span.last for span in self.spans.values())
         self.tokens = Tokens(count, dim, decoder_layers, heads, hidden, dropout)
         self.heads = nn.ModuleDict({name: nn.Linear(dim, span.outputs) for name, span in self.spans.items()})
@@ -244,6 +249,7 @@ class TokenModule(AffectModule):
         encoder_layers: Self-attention layers on patches.
         decoder_layers: Layers of tokens.
         dropout: Rate.
+        placed: Whether patches have learnt positions; False is an ablation.
         **common: Arguments of ``AffectModule``.
     """
 
@@ -260,6 +266,7 @@ class TokenModule(AffectModule):
         encoder_layers: int = 1,
         decoder_layers: int = 2,
         dropout: float = 0.1,
+        placed: bool = True,
         **common: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(tasks, **common)
@@ -270,7 +277,7 @@ class TokenModule(AffectModule):
         spans = plan_tokens(self.tasks, tokens)
         positions = self.grid[0] * self.grid[1]
         self.transformer = TokenTransformer(
-            encoder.num_features, positions, spans, dim, heads, hidden, encoder_layers, decoder_layers, dropout
+            encoder.num_features, positions, spans, dim, heads, hidden, encoder_layers, decoder_layers, dropout, placed
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -291,6 +298,28 @@ class TokenModule(AffectModule):
         patches = self.transformer.patches(self._map(batch))
         weights = self.transformer.tokens(patches)[1][-1].mean(1).unflatten(-1, self.grid)
         return {name: weights[:, span.first : span.last] for name, span in self.transformer.spans.items()}
+
+    @torch.no_grad()
+    def examine(self, loader: Callable[[str], Iterable[Batch] | None]) -> dict[str, Any]:
+        """Return where tokens look on average: ``attention`` by task and token, ``(h, w)``, summing to 1.
+
+        The mean is over faces of the test part, or of the validation part without one.
+        """
+        batches = next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+        total: dict[str, Tensor] = {}
+        rows = 0
+        for batch in batches or ():
+            for name, maps in self.attention(batch).items():
+                total[name] = maps.double().sum(0) + total.get(name, 0)
+            rows += len(batch.image)
+        if not rows:
+            return {}
+        names = token_names(self.tasks, self.transformer.spans)
+        return {
+            "attention": {
+                task: dict(zip(names[task], (maps / rows).tolist(), strict=True)) for task, maps in total.items()
+            }
+        }
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the common groups, divided into ``encoder``, ``patches`` and ``tokens`` (key ``name``).

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from affect.errors import DataError
@@ -80,6 +83,53 @@ def estimate_text(found: Estimate, digits: int = 3, signed: bool = False) -> str
     return mean if not np.isfinite(found.low) else f"{mean} [{number(found.low, digits)}, {number(found.high, digits)}]"
 
 
+def experiment_tables(
+    measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95, digits: int = 3
+) -> list[Table]:
+    """Return a table per measure, narrow enough for a terminal of 80 columns: a row per arm, mean and difference.
+
+    Args:
+        measures: Cells by measure; every measure has the same arms.
+        baseline: Arm that others are compared with; None compares nothing.
+        level: Level of the intervals.
+        digits: Decimals.
+    """
+    tables = []
+    for name, cells in measures.items():
+        table = Table(
+            title=Text(name, style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            header_style="bold",
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("arm", overflow="fold")
+        table.add_column("mean", justify="right", no_wrap=True)
+        if baseline:
+            table.add_column("difference", justify="right", no_wrap=True)
+        table.add_column("runs", justify="right", no_wrap=True)
+        for arm, values in cells.items():
+            found = estimate(list(values.values()), level)
+            row = [Text(arm), Text(estimate_text(found, digits))]
+            if baseline:
+                other = difference(cells, arm, baseline, level)
+                row.append(Text("baseline" if arm == baseline else estimate_text(other, digits, signed=True)))
+            table.add_row(*row, Text(str(found.runs)))
+        table.min_width = min(len(name) + 1, 78)  # rich would break a title to a narrow table
+        tables.append(table)
+    return tables
+
+
+def experiment_note(measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95) -> str:
+    """Return the sentence that says what means, intervals and differences of an experiment are."""
+    seeds = {seed for cells in measures.values() for arm in cells.values() for seed in arm}
+    plural = "" if len(seeds) == 1 else "s"
+    return f"Mean over {len(seeds)} seed{plural} [{level:.0%} interval by Student's t over seeds]" + (
+        f"; differences from {baseline} are taken seed by seed." if baseline else "."
+    )
+
+
 def experiment_markdown(
     measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95, digits: int = 3
 ) -> str:
@@ -104,10 +154,5 @@ def experiment_markdown(
                 other = difference(cells, arm, baseline, level)
                 row.append("" if arm == baseline else estimate_text(other, digits, signed=True))
         lines.append(f"| {' | '.join(row)} |")
-    seeds = sorted({seed for cells in measures.values() for arm in cells.values() for seed in arm})
-    lines.append("")
-    lines.append(
-        f"Mean over {len(seeds)} seeds [{level:.0%} interval by Student's t over seeds]"
-        + ("; differences are taken seed by seed." if baseline else ".")
-    )
+    lines += ["", experiment_note(measures, baseline, level)]
     return "\n".join(lines) + "\n"

@@ -215,3 +215,28 @@ def test_tokens_and_patches_start_as_described():
     patches, tokens = Patches(8, 400, 64, 0), Tokens(400, 64, 0)
     assert float(patches.positions.std()) == pytest.approx(0.02, rel=0.02)
     assert float(tokens.table.std()) == pytest.approx(1, rel=0.02)
+
+
+def faces(number: int) -> FaceBatch:
+    return FaceBatch(image=torch.randint(0, 256, (number, 3, 64, 64), dtype=torch.uint8), targets={}, masks={})
+
+
+def test_attention_is_examined_on_the_held_out_part():
+    model = TaskTokenTransformer(make_tasks(), encoder(), dim=16, heads=2, hidden=8).eval()
+    batches = [faces(3), faces(2)]
+    found = model.examine({"test": batches}.get)["attention"]
+    maps = torch.cat([model.attention(batch)["au"] for batch in batches]).double().mean(0)
+    listed = torch.tensor([found["au"][name] for name in model.tasks["au"].outputs], dtype=torch.float64)
+    torch.testing.assert_close(listed, maps)
+    assert model.examine(lambda part: None) == {}
+    assert set(model.examine({"validation": batches}.get)["attention"]) == set(model.tasks)
+
+
+def test_without_positions_patches_have_no_place():
+    torch.manual_seed(0)
+    model = AUTransformer(make_tasks("au"), encoder(), dim=16, heads=2, hidden=8, placed=False).eval()
+    grid = torch.randn(2, model.encoder.num_features, *model.grid)
+    order = torch.randperm(grid[0, 0].numel())
+    moved = grid.flatten(2)[..., order].view_as(grid)
+    torch.testing.assert_close(model.transformer(moved)["au"], model.transformer(grid)["au"])
+    assert not any(p is model.transformer.patches.positions for g in model.parameter_groups() for p in g["params"])

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trained MONET says of the order, as numbers for controlled experiments: functions of ``results.json``."""
+"""What a trained MONET says of the order, as numbers for controlled experiments: functions of ``results.json``.
+
+Each is None for a run of another model, which has no order.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +12,39 @@ from typing import Any
 import numpy as np
 
 
-def natural_weight(results: Mapping[str, Any]) -> float:
+def natural_weight(results: Mapping[str, Any]) -> float | None:
     """Return the weight of the natural order in the mixture, 0 if it is not among the ten most probable."""
-    found = results["findings"]["order"]
+    found = results["findings"].get("order")
+    if found is None:
+        return None
     return next((entry["weight"] for entry in found["orders"] if entry["order"] == found["outputs"]), 0.0)
 
 
-def natural_selected(results: Mapping[str, Any]) -> float:
+def natural_selected(results: Mapping[str, Any]) -> float | None:
     """Return 1 if the natural order is the most probable one, else 0."""
-    found = results["findings"]["order"]
+    found = results["findings"].get("order")
+    if found is None:
+        return None
     return float(found["orders"][0]["order"] == found["outputs"])
 
 
-def distance_to_natural(results: Mapping[str, Any]) -> float:
+def distance_to_natural(results: Mapping[str, Any]) -> float | None:
     """Return the Frobenius distance of the soft order from the natural order's permutation matrix."""
-    matrix = np.array(results["findings"]["order"]["soft_order"])
+    found = results["findings"].get("order")
+    if found is None:
+        return None
+    matrix = np.array(found["soft_order"])
     return float(np.linalg.norm(matrix - np.eye(len(matrix))))
 
 
-def later_pairs_in_order(results: Mapping[str, Any]) -> float:
+def later_pairs_in_order(results: Mapping[str, Any]) -> float | None:
     """Return the share of pairs among all tasks but the first that the most probable order treats in natural order.
 
     For the dyadic toy: its first task is solved from the input alone, so its place is free.
     """
-    found = results["findings"]["order"]
+    found = results["findings"].get("order")
+    if found is None:
+        return None
     place = [found["orders"][0]["order"].index(name) for name in found["outputs"][1:]]
     pairs = [(a, b) for k, a in enumerate(place) for b in place[k + 1 :]]
     return float(np.mean([a < b for a, b in pairs])) if pairs else 1.0
