@@ -345,7 +345,8 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
     Args:
         config: Config of the run.
         first: Callbacks that come before those of the config.
-        epochs: Trains for so many epochs, without callbacks that need a validation part; None as the config says.
+        epochs: Stops after so many epochs, of a schedule that spans those of the config as it did in the run that chose
+            them, and without callbacks that need a validation part; None trains as the config says.
     """
     nodes = config.get("callbacks") or {}
     callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
@@ -353,15 +354,14 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
     if epochs is not None:
         callbacks = [c for c in callbacks if not isinstance(c, BestWeights | pl.callbacks.EarlyStopping)]
+        first = [*first, _Cut(epochs)]
     best = [callback for callback in callbacks if isinstance(callback, BestWeights)]
     others = [callback for callback in callbacks if not isinstance(callback, BestWeights)]
     nodes = config.get("logger") or {}
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
     partial = assembly.make(config.trainer, "trainer", _partial_=True)
-    length = {} if epochs is None else {"max_epochs": epochs}
     try:
         return partial(
-            **length,
             callbacks=[*first, *best, *others],
             logger=loggers or False,
             plugins=[AtomicCheckpointIO()],
@@ -369,6 +369,17 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise assembly.translated(error, "trainer") from error
+
+
+class _Cut(pl.Callback):
+    """Shortens a run once its schedule is built, so that each epoch has the rates that it has in the whole run."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the number of epochs."""
+        trainer.fit_loop.max_epochs = self.epochs
 
 
 def select_weights(

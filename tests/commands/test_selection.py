@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from omegaconf import DictConfig
 from safetensors.numpy import load_file
 
@@ -158,6 +159,17 @@ def test_a_refit_that_was_interrupted_ends_as_one_that_was_not(
     assert all(np.array_equal(mine[name], value) for name, value in whole.items())
     for key in ("metrics", "headline", "selection", "history", "people"):
         assert results(folder)[key] == results(refit)[key], key
+
+
+def test_a_refit_cuts_the_schedule_that_chose_its_epochs_and_does_not_compress_it(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    chosen = {"epochs": 1, "score": 0.0, "chosen_by": {"epoch": 0}}
+    monkeypatch.setattr(train, "choose_epochs", lambda *arguments: chosen)
+    train.run(config(table, tmp_path / "run", "selection=refit", "scheduler=polynomial"))
+    assert len(results(tmp_path / "run")["history"]) == 1
+    stored = torch.load(tmp_path / "run" / "last.ckpt", weights_only=False)["lr_schedulers"][0]
+    assert np.divide(stored["_last_lr"], stored["base_lrs"]) == pytest.approx(2 / 3), "after one epoch of three"
 
 
 def test_a_forced_refit_replaces_both_runs(refit: Path, table: Path, tmp_path: Path, no_figures: None) -> None:
