@@ -241,15 +241,16 @@ def divide(sources: Sequence[Source], protocols: Sequence[Protocol]) -> list[Div
     """Return how the rows of each source are used.
 
     A source that knows only some official parts gives empty rows for the others; ``require_parts`` checks a whole
-    list of sources. Sources with the same people (metadata ``people``) hold out the same people.
+    list of sources. Sources with the same people (metadata ``people``) hold out the same people, and nobody of them
+    may lie in two parts, by whatever column groups are built.
 
     Args:
         sources: Sources of one training or evaluation.
         protocols: The protocol of each.
 
     Raises:
-        DataError: If the test part does not exist, a group lies in two parts, one person lies in two parts of different
-            sources, too few groups remain for validation, or folds are more than groups.
+        DataError: If the test part does not exist, a group or a person lies in two parts, too few groups remain for
+            validation, or folds are more than groups.
     """
     drafts = [_Draft(source, protocol) for source, protocol in zip(sources, protocols, strict=True)]
     clusters: dict[tuple, list[_Draft]] = {}
@@ -258,13 +259,17 @@ def divide(sources: Sequence[Source], protocols: Sequence[Protocol]) -> list[Div
             clusters.setdefault(draft.cluster(index), []).append(draft)
     for cluster in clusters.values():
         _hold_out(cluster)
-    divisions = [draft.division() for draft in drafts]
+    divisions = [
+        replace(division, notes=(*division.notes, *_deliveries(sources[: k + 1])))
+        for k, division in enumerate(draft.division() for draft in drafts)
+    ]
     selecting = {protocol.selection for protocol in protocols} != {"best_on_test"}
     shared = shared_people(sources, [division.rows for division in divisions], PARTS if selecting else (TRAIN, TEST))
     if shared and not any(protocol.allow_leak for protocol in protocols):
         raise DataError(
-            f"{'; '.join(shared)}; test on other people, leave these out (protocol.keep), or let "
-            "protocol.allow_leak=true mark every number"
+            f"{'; '.join(shared)}; keep each in one part (protocol.group={identity_column(sources[0].table)}, or one "
+            "source with all labels), test on others, leave these out (protocol.keep), or let protocol.allow_leak=true "
+            "mark every number"
         )
     if shared:
         divisions[0] = replace(divisions[0], leaks=(*divisions[0].leaks, *shared))
@@ -296,7 +301,7 @@ class _Draft:
             self._leave_out(reason, left & ~kept)
             left &= kept
         self.part = np.where(left, part, -1)
-        if protocol.test != "all":
+        if protocol.test != "all" and not self.by_people:  # ``divide`` asks after people, whatever the group is.
             leak = find_leak(self.part, self.codes, self.names, f"{source.name}, column {self.column}")
             if leak and not protocol.allow_leak:
                 raise DataError(f"{leak}; set protocol.group to a column that keeps them apart, or mend the parts")
@@ -330,6 +335,11 @@ class _Draft:
             self.unused[reason] = np.flatnonzero(rows)
 
     @property
+    def by_people(self) -> bool:
+        """Whether groups are people that other sources may show as well."""
+        return bool(self.source.table.metadata.get("people")) and self.column == identity_column(self.source.table)
+
+    @property
     def holds_out(self) -> bool:
         """Whether validation groups have to be held out of the training rows."""
         protocol = self.protocol
@@ -339,8 +349,7 @@ class _Draft:
 
     def cluster(self, index: int) -> tuple:
         """Return a key that sources share whose groups are held out together."""
-        people = self.source.table.metadata.get("people")
-        own = ("people", people) if people and self.column == "subject" else ("source", index)
+        own = ("people", self.source.table.metadata["people"]) if self.by_people else ("source", index)
         return (*own, self.protocol.validation_fraction, self.protocol.split_seed)
 
     def division(self) -> Division:
@@ -597,13 +606,6 @@ def find_leak(part: np.ndarray, codes: np.ndarray, names: np.ndarray, where: str
     )
 
 
-def require_no_leak(part: np.ndarray, codes: np.ndarray, names: np.ndarray, where: str) -> None:
-    """Raise ``DataError`` with names if a group has rows in two parts; arguments as for ``find_leak``."""
-    leak = find_leak(part, codes, names, where)
-    if leak:
-        raise DataError(f"{leak}; set protocol.group to a column that keeps them apart, or mend the parts")
-
-
 def _listed(names: Iterable) -> str:
     shown = [str(name) for name in names]
     return ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
@@ -612,14 +614,42 @@ def _listed(names: Iterable) -> str:
 # ------------------------------------------------------------------------------------------------ people
 
 
+def identity_column(table: FaceTable) -> str:
+    """Return the column that tells who is shown: ``subject``, or ``video`` where a set does not know people."""
+    return str(table.metadata.get("identity", "subject"))
+
+
 def people_in(source: Source, rows: np.ndarray) -> tuple[str, frozenset[str]]:
     """Return the name space of a source's identities and who is in ``rows``; ("", nobody) where it has none."""
-    space = source.table.metadata.get("people")
-    if not space or "subject" not in source.table.names:
+    space, column = source.table.metadata.get("people"), identity_column(source.table)
+    if not space or column not in source.table.names:
         return "", frozenset()
-    codes, names = source.table.codes("subject")
+    codes, names = source.table.codes(column)
     inside = np.unique(codes[rows])
     return str(space), frozenset(str(name) for name in names[inside[inside >= 0]])
+
+
+def _deliveries(sources: Sequence[Source]) -> list[str]:
+    """Return what to know of the last source if it is another delivery of an earlier one without identities."""
+
+    def anonymous(source: Source) -> object:
+        known = source.table.metadata.get("people") or identity_column(source.table) in source.table.names
+        return None if known else source.table.metadata.get("dataset")
+
+    *before, last = sources
+    others = [source.name for source in before if anonymous(last) and anonymous(source) == anonymous(last)]
+    if not others:
+        return []
+    return [
+        f"delivers {anonymous(last)} again, as {', '.join(others)} {'does' if len(others) == 1 else 'do'}, and neither "
+        "says who is shown: one photograph may train in one and select or test in the other"
+    ]
+
+
+def _identities(sources: Sequence[Source], space: str) -> str:
+    """Return what the identities of a name space are called, e.g. "people of disfa"."""
+    columns = {identity_column(s.table) for s in sources if s.table.metadata.get("people") == space}
+    return f"{'people' if columns == {'subject'} else '/'.join(sorted(columns)) + 's'} of {space}"
 
 
 def people_of(sources: Sequence[Source], rows: Sequence[np.ndarray]) -> dict[str, list[str]]:
@@ -635,7 +665,7 @@ def people_of(sources: Sequence[Source], rows: Sequence[np.ndarray]) -> dict[str
 def shared_people(
     sources: Sequence[Source], rows: Sequence[Mapping[str, np.ndarray]], parts: Sequence[str] = PARTS
 ) -> list[str]:
-    """Return a sentence with names for each name space whose people lie in two parts of different sources.
+    """Return a sentence with names for each name space whose people lie in two parts, of one source or of several.
 
     Args:
         sources: Sources of one training.
@@ -644,7 +674,7 @@ def shared_people(
     """
     spaces = [str(source.table.metadata.get("people") or "") for source in sources]
     sentences = []
-    for space in sorted({space for space in spaces if space and spaces.count(space) > 1}):
+    for space in sorted(set(filter(None, spaces))):
         where: dict[str, dict[str, str]] = {}
         for source, own, chosen in zip(sources, spaces, rows, strict=True):
             for part in parts if own == space else ():
@@ -654,8 +684,8 @@ def shared_people(
         if straddling:
             (low, first), (high, second) = list(where[straddling[0]].items())[:2]
             sentences.append(
-                f"{len(straddling)} people of {space} lie in two parts, e.g. in {low} of {first} and {high} of "
-                f"{second}: {_listed(straddling)}"
+                f"{len(straddling)} {_identities(sources, space)} lie in two parts, e.g. in {low} of {first} and "
+                f"{high} of {second}: {_listed(straddling)}"
             )
     return sentences
 
@@ -675,7 +705,7 @@ def known_people(
         both = sorted(set(people) & set(trained.get(space, ())))
         if both:
             sentences.append(
-                f"the model was trained on {len(both)} people of {space} among these rows: {_listed(both)}"
+                f"the model was trained on {len(both)} {_identities(sources, space)} among these rows: {_listed(both)}"
             )
     return sentences
 

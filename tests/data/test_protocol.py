@@ -513,6 +513,78 @@ def test_sets_with_the_same_people_hold_out_the_same_people():
         assert len(held[0] | held[1]) == round(0.15 * 27)
 
 
+def clips(name, videos, parts):
+    columns = {"image": [f"{k}.jpg" for k in range(len(videos))], "video": list(videos), "part": list(parts)}
+    metadata = {"dataset": "affwild2", "people": "affwild2", "identity": "video"}
+    return Source(name, FaceTable.from_columns(columns, metadata=metadata), samples.DrawnImages(), "video")
+
+
+def test_a_video_that_trains_in_one_track_and_is_tested_in_another_is_a_leak():
+    units = clips("affwild2_au", ["1", "2", "3", "4"], ["train", "train", "train", "validation"])
+    affect = clips("affwild2_va", ["1", "2", "5"], ["train", "validation", "validation"])
+    protocol = Protocol(test="validation", train=["train"])
+    for pair in ([units, affect], [affect, units]):
+        message = r"1 videos of affwild2 lie in two parts.*: 2; .*protocol.group=video.*one source with all labels"
+        with pytest.raises(DataError, match=message):
+            divide(pair, [protocol, protocol])
+    trained = people_of([units], [np.arange(3)])
+    assert trained == {"affwild2": ["1", "2", "3"]}
+    (sentence,) = known_people([affect], [np.array([1, 2])], trained)
+    assert sentence == "the model was trained on 1 videos of affwild2 among these rows: 2"
+
+
+def test_tracks_hold_out_the_same_videos():
+    videos = [f"{k}" for k in range(20)]
+    tracks = [clips(name, videos[k:], ["train"] * (20 - k)) for k, name in enumerate(("affwild2_au", "affwild2_va"))]
+    for seed in range(5):
+        divisions = divide(tracks, [Protocol(train_only=True, split_seed=seed)] * 2)
+        held = set().union(*(np.array(videos[k:])[d.rows["validation"]] for k, d in enumerate(divisions)))
+        trained = set().union(*(np.array(videos[k:])[d.rows["train"]] for k, d in enumerate(divisions)))
+        assert held
+        assert not held & trained
+
+
+@pytest.mark.parametrize("group", ["image", "sequence"])
+def test_groups_of_another_column_still_keep_people_apart(group):
+    data = person("disfa", [f"SN{k // 8:03d}" for k in range(80)])
+    table = data.table.with_columns({"sequence": [str(k // 2) for k in range(80)]})
+    data = Source("disfa", table, data.images)
+    with pytest.raises(DataError, match=r"people of disfa lie in two parts.*SN000.*protocol.group=subject"):
+        divide([data], [Protocol(test=0, group=group)])
+    [marked] = divide([data], [Protocol(test=0, group=group, allow_leak=True)])
+    assert "SN000" in marked.leaks[0]
+    [sound] = divide([data], [Protocol(test=0)])
+    assert sound.leaks == ()
+
+
+def test_groups_of_another_column_keep_those_apart_who_train_and_who_select():
+    data = person("disfa", ["SN001", "SN002"] * 20 + ["SN003"] * 9, ["train"] * 40 + ["test"] * 9)
+    with pytest.raises(DataError, match=r"2 people of disfa lie in two parts, e\.g\. in train .*and validation"):
+        divide([data], [Protocol(group="image")])
+    for rule in ("refit", "best_on_test"):
+        [division] = divide([data], [Protocol(group="image", selection=rule)])
+        assert division.leaks == ()
+
+
+def test_two_deliveries_of_one_set_without_identities_are_told():
+    def photographs(name, dataset="affectnet", **columns):
+        columns = {"image": [f"{name}/{k}.jpg" for k in range(20)], "part": ["train", "validation"] * 10, **columns}
+        return Source(name, FaceTable.from_columns(columns, metadata={"dataset": dataset}), samples.DrawnImages())
+
+    def notes(*sources):
+        protocol = Protocol(test="validation", train=["train"])
+        return [
+            [note for note in division.notes if "again" in note]
+            for division in divide(sources, [protocol] * len(sources))
+        ]
+
+    first, [said] = notes(photographs("affectnet"), photographs("affectnet_old"))
+    assert first == []
+    assert said.startswith("delivers affectnet again, as affectnet does, and neither says who is shown")
+    known = photographs("other", subject=[str(k) for k in range(20)])
+    assert notes(photographs("affectnet"), photographs("rafdb", "rafdb"), known) == [[], [], []]
+
+
 def test_official_parts_that_share_a_group_may_be_let_pass_and_are_named():
     data = source(60, 12, part=np.where(np.arange(60) < 30, "train", "test").tolist())
     division = divide([data], [Protocol(test="test", allow_leak=True)])[0]

@@ -93,6 +93,8 @@ MTL_FILES = (
 _PARTS = MappingProxyType({"train": ("Train_Set", "Training_Set"), "validation": ("Validation_Set",)})
 _ABAW, _ABAW7 = labels.EXPRESSION_ORDERS["abaw"], labels.EXPRESSION_ORDERS["abaw7"]
 _AUS = labels.AU_SETS["affwild2"]
+_IDENTITY = {"people": DATASET, "identity": "video"}
+"""Metadata by which readings of several tracks know their common videos; nobody knows who is shown."""
 _PERSON = re.compile(r"_(?:left|right)$")
 _DEPTH, _MANY = 2, 100
 _MTL_HEADER = "image,valence,arousal,expression,aus"
@@ -511,6 +513,7 @@ def _table(
     return reading.table(
         columns,
         label_source=f"annotators of Aff-Wild2 ({', '.join(places)})",
+        **_IDENTITY,
         tracks=list(files),
         **({"expressions": list(classes)} if "expr" in files else {}),
     )
@@ -654,6 +657,7 @@ def _read_mtl(
     return reading.table(
         columns,
         label_source=f"annotators of Aff-Wild2 ({' and '.join(files)})",
+        **_IDENTITY,
         tracks=["mtl"],
         expressions=list(_ABAW),
     )
@@ -854,7 +858,7 @@ def dress(
     if not everything:
         for track in chosen:
             columns[f"part_{track}"] = pa.array(part.astype(object), pa.string(), mask=~member[track])
-    metadata = {"dataset": DATASET, "label_source": "parameters of drawn faces; never a result on people"}
+    metadata = {"dataset": DATASET, "label_source": "parameters of drawn faces; never a result on people", **_IDENTITY}
     table = FaceTable.from_columns(columns, ".", metadata)
     if "expression" in columns:
         table = table.with_metadata(expressions=list(labels.EXPRESSION_ORDERS[expressions]))

@@ -10,8 +10,10 @@ import pytest
 
 from affect import labels
 from affect.data.expected import measure
+from affect.data.images import FileImages, Source
 from affect.data.layouts import affwild2
 from affect.data.layouts.common import write_lines
+from affect.data.protocol import Protocol, divide
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from tests.data.layouts.contract import LayoutContract
@@ -405,6 +407,16 @@ class TestParts:
         reason = "training label of track va of a video that validates another"
         assert table.metadata["skipped"] == {reason: 2}
         assert table.metadata["skipped_examples"] == {reason: ["v/00001", "v/00002"]}
+
+    def test_tracks_that_are_read_apart_know_their_common_videos(self, tree):
+        tree.images("v", 1)
+        tree.lines("va", "Train", "v", "0.1,0")
+        tree.lines("expr", "Validation", "v", "4")
+        tables = [affwild2.read(tree.root, track) for track in ("va", "expr")]
+        sources = [Source(f"{k}", table, FileImages(table), "video") for k, table in enumerate(tables)]
+        protocol = Protocol(test="validation", train=["train"], validation_fraction=0)
+        with pytest.raises(DataError, match=r"videos of affwild2 lie in two parts.*\bv\b"):
+            divide(sources, [protocol] * 2)
 
     def test_of_one_track_parts_are_the_official_ones(self, tree):
         tree.images("v", 1)
