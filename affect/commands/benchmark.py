@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect benchmark step|loader|faces|table``: ratios from one run, printed as a table and stored as JSON."""
+"""``affect benchmark step|loader|faces|table|pal|monet``: ratios from one run, printed as a table and stored as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import faces, loader, step, table
+from affect.commands.benchmarks import faces, loader, monet, pal, step, table
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.report import environment, write_json
@@ -22,6 +22,8 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "loader": loader.measure,
     "faces": faces.measure,
     "table": table.measure,
+    "pal": pal.measure,
+    "monet": monet.measure,
 }
 
 

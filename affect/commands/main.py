@@ -216,11 +216,11 @@ COMMANDS = (
     ),
     Command(
         "benchmark",
-        "Measure the training step, the loader, the built-in faces or large tables; prints ratios and stores JSON.",
+        "Measure the training step (also with PAL), the loader, the built-in faces or large tables; stores JSON.",
         (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
-        ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table"),
+        ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table", "benchmark pal"),
         word="what",
-        words=("step", "loader", "faces", "table"),
+        words=("step", "loader", "faces", "table", "pal"),
     ),
 )
 """Every command, in the order of the help."""
