@@ -274,26 +274,14 @@ def _callee(node: DictConfig, what: str) -> Callable[..., Any]:
 
 
 def with_near_duplicates(table: FaceTable, images: ImageReader, name: str, cache: Path | None) -> FaceTable:
-    """Return the table with the column ``near_duplicates``: rows with one value show almost the same image.
-
-    The table with the column is stored beside the one without, so that no process holds a copy of it.
-    """
+    """Return the table with the column ``near_duplicates``: rows with one value show almost the same image."""
     from affect.data.duplicates import near_duplicate_groups
 
     folder = None if cache is None else cache / TABLES
-    path = None if folder is None else folder / f"{name}-{table.fingerprint}-duplicates.arrow"
-    if path is not None and path.is_file():
-        stored = FaceTable.open(path)
-        if len(stored) == len(table) and stored.root.absolute() == table.root.absolute():
-            return stored
     with tqdm(total=len(table), desc=f"{name}: near-duplicates", unit="image", disable=not is_first_process()) as bar:
         groups = near_duplicate_groups(images, len(table), folder, bar.update)
     # Text, as every column that rows are grouped by.
-    found = table.with_columns({NEAR_DUPLICATES: groups.astype(str).astype(object)})
-    try:
-        return found if path is None else found.save(path)
-    except OSError:  # A cache that cannot be written to costs time only.
-        return found
+    return table.with_columns({NEAR_DUPLICATES: groups.astype(str).astype(object)})
 
 
 # ----------------------------------------------------------------------------------------------------- tasks

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from scipy.sparse.csgraph import connected_components
 
 from affect.data.headers import Progress, in_blocks
 from affect.data.images import FileImages, ImageReader, Picture, open_pictures
+from affect.data.stored import alone
 from affect.data.table import FaceTable
 from affect.files import replacing
 
@@ -83,7 +85,8 @@ def near_duplicate_groups(
     Args:
         images: Reader of rows ``0`` to ``count - 1``.
         count: Number of pictures; 2.3 kB of memory each.
-        cache: Folder that keeps the answer for readers of a table, by what the table holds and was read from.
+        cache: Folder that keeps the answer for readers of a table, by what the table holds and was read from. Processes
+            that want one answer at the same time find it once: the others wait.
         progress: Called with the number of pictures that were just read.
         workers: Threads that decode plain files; readers of archives and videos keep state, so they get one.
 
@@ -91,8 +94,21 @@ def near_duplicate_groups(
         DataError: If a picture cannot be read.
     """
     stored = None if cache is None else _stored_path(images, count, cache)
-    if stored is not None and stored.is_file():
+    if stored is None:
+        return _find_groups(images, count, progress, workers)
+    if stored.is_file():
         return np.load(stored)
+    with alone(stored):
+        if stored.is_file():  # Another process found it while this one waited.
+            return np.load(stored)
+        groups = _find_groups(images, count, progress, workers)
+        # A cache that cannot be written to costs time only.
+        with suppress(OSError), replacing(stored) as part:
+            np.save(part, groups)
+    return groups
+
+
+def _find_groups(images: ImageReader, count: int, progress: Progress | None, workers: int) -> np.ndarray:
     pictures = thumbnails(images, count, progress, workers)
     left, right = similar_pairs(hashes(pictures), RADIUS, np.flatnonzero(~_is_flat(pictures)))
     for close in (_are_alike, _nearly_fit):
@@ -101,11 +117,7 @@ def near_duplicate_groups(
     found = [fit(pictures[a], pictures[b]) for a, b in zip(left.tolist(), right.tolist(), strict=True)]
     difference = np.array([one[0] for one in found], float)
     limit = np.array([one[1] for one in found], float)
-    groups = join(count, left, right, difference, limit)
-    if stored is not None:
-        with replacing(stored) as part:
-            np.save(part, groups)
-    return groups
+    return join(count, left, right, difference, limit)
 
 
 def _stored_path(images: ImageReader, count: int, folder: Path) -> Path | None:

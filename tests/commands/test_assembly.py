@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from affect.commands import assembly, evaluate, train
 from affect.commands.configuration import compose as compose_config
 from affect.data.datamodule import FaceDataModule
+from affect.data.images import FileImages
 from affect.data.layouts.common import Reading
 from affect.data.protocol import Protocol
 from affect.data.table import FaceTable
@@ -169,6 +170,26 @@ def test_a_read_table_is_stored_and_says_so_once(
     assert len(assembly.build_sources(config, None)[0].table) == 1
     assert len(assembly.build_sources(config, None, fresh=True)[0].table) == 1
     assert capsys.readouterr().out.count("tree: read 1 rows") == 2
+
+
+def test_near_duplicates_are_those_of_the_tree_as_it_was_read(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8).repeat(12, 1).repeat(12, 2)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/labels.txt").write_text("1,0.5\n2,-0.5\n2,0.25\n")
+
+    def groups(*shown: int) -> tuple[FaceTable, list[str]]:
+        for k, which in enumerate(shown):
+            cv2.imwrite(str(tmp_path / f"tree/{k}.png"), pictures[which])
+        table = read(tmp_path / "tree")
+        found = assembly.with_near_duplicates(table, FileImages(table), "tree", tmp_path / "cache")
+        return found, list(found.strings("near_duplicates")[0])
+
+    assert groups(0, 1, 0)[1] == ["0", "1", "0"]
+    # Delivered again: the labels are the same, the pictures are not.
+    (tmp_path / "tree/labels.txt").write_text("1,0.50\n2,-0.5\n2,0.25\n")
+    found, numbers = groups(0, 1, 1)
+    assert numbers == ["0", "1", "1"]
+    assert found.metadata == read(tmp_path / "tree").metadata
 
 
 def test_a_dataset_brings_its_protocol_and_crop_and_the_command_line_wins(conf: Path) -> None:

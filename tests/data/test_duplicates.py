@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -179,6 +181,29 @@ def test_groups_are_kept_for_a_table_and_made_anew_for_another(faces: list[np.nd
     changed = Files(table.with_metadata(touched={"labels.txt": [1, 2]}))
     near_duplicate_groups(changed, 4, cache)
     assert changed.reads == 4
+
+
+def test_processes_that_want_the_same_groups_find_them_once(faces: list[np.ndarray], tmp_path: Path) -> None:
+    for k, face in enumerate(faces[:3]):
+        cv2.imwrite(str(tmp_path / f"{k}.png"), face)
+    table = FaceTable.from_columns({"image": [f"{k}.png" for k in range(3)]}, tmp_path)
+    both, readers = threading.Barrier(2), [Files(table), Files(table)]
+
+    def find(reader: Files) -> list[int]:
+        both.wait()
+        return near_duplicate_groups(reader, 3, tmp_path / "cache").tolist()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(find, readers)) == [[0, 1, 2]] * 2
+    assert sorted(reader.reads for reader in readers) == [0, 3]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
+
+
+def test_a_cache_that_cannot_be_written_to_costs_time_only(faces: list[np.ndarray], tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "0.png"), faces[0])
+    (tmp_path / "cache").write_text("no folder")
+    table = FaceTable.from_columns({"image": ["0.png"]}, tmp_path)
+    assert near_duplicate_groups(FileImages(table), 1, tmp_path / "cache").tolist() == [0]
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
