@@ -7,10 +7,11 @@ of overrides, what is measured, and how large it is on which scale. There is no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -22,14 +23,20 @@ from affect.commands.run_folder import RESULTS, is_first_process
 from affect.errors import ConfigError, near
 from affect.files import replacing
 from affect.report import environment, read_json, write_json
-from affect.report.experiments import Cells, difference, estimate, experiment_markdown
+from affect.report.experiments import Cells, difference, estimate, estimate_text, experiment_markdown
 
 SCALES = ("quick", "paper", "full")
 TABLE, STORED = "table.md", "reproduce.json"
 _OWN = ("scale", "seeds", "arms", "out", "paths.output", "paths.runs")
 """Keys of this command that no run of the experiment has, or that it sets itself."""
 
-_KEYS = ("claim", "source", "expected", "arms", "measures", "baseline", "scales", "selection_note")
+_KEYS = (
+    *("claim", "source", "expected", "before", "common", "arms", "measures", "baseline", "headroom", "scales"),
+    "selection_note",
+)
+
+BEFORE = "before"
+"""Folder of the runs that arms build on."""
 
 
 def run(config: DictConfig) -> None:
@@ -52,9 +59,11 @@ def run(config: DictConfig) -> None:
     results: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in arms}
     # Seed by seed, so that an experiment that is stopped early has whole seeds to compare.
     for seed in seeds:
+        brought = run_before(plan, scale, given, seed, out, chosen, console)
         for arm in arms:
             folder = out / arm / f"seed{seed}"
-            overrides = [*scale.get("overrides", []), *plan["arms"][arm], *given, f"seed={seed}"]
+            common = [*plan.get("common", []), *scale.get("overrides", []), *brought]
+            overrides = [*common, *plan["arms"][arm], *given, f"seed={seed}"]
             cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
             OmegaConf.set_struct(cell, False)
             cell.compare, cell.paths.output = {}, str(folder)
@@ -65,6 +74,38 @@ def run(config: DictConfig) -> None:
                 results[arm][seed] = read_json(folder / RESULTS)
     if is_first_process():
         write_summary(out, config, plan, chosen, results, console)
+
+
+def run_before(
+    plan: Mapping[str, Any],
+    scale: Mapping[str, Any],
+    given: Sequence[str],
+    seed: int,
+    out: Path,
+    chosen: str,
+    console: Console,
+) -> list[str]:
+    """Train what the arms of a seed build on (``controlled.before``) and return the overrides that name it.
+
+    Each entry is a run of the experiment itself with ``overrides`` of its own, whose folder becomes the value of
+    ``key`` in every arm. Of the command line it takes what is no setting of the arms' model or tasks.
+    """
+    from affect.commands import train
+
+    brought = []
+    for name, step in (plan.get("before") or {}).items():
+        folder = out / BEFORE / str(name) / f"seed{seed}"
+        shared = [override for override in given if _key(override).split(".")[0] not in ("model", "task")]
+        overrides = [*step.get("overrides", []), *scale.get("overrides", []), *shared, f"seed={seed}"]
+        cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
+        OmegaConf.set_struct(cell, False)
+        cell.compare, cell.paths.output = {}, str(folder)
+        if not (folder / RESULTS).is_file():
+            console.rule(f"before the arms: {name}, seed {seed}")
+        train.train(cell, folder)
+        quoted = str(folder.absolute()).replace("'", "\\'")
+        brought.append(f"{step['key']}='{quoted}'")
+    return brought
 
 
 def _key(override: str) -> str:
@@ -86,6 +127,15 @@ def check_plan(config: DictConfig, plan: Any, chosen: str) -> None:  # noqa: ANN
     for arm in config.arms or ():
         if arm not in plan["arms"]:
             raise ConfigError(f"arms: no arm {arm!r}; {near(str(arm), plan['arms'])}")
+    if BEFORE in plan["arms"]:
+        raise ConfigError(f"controlled.arms: the name {BEFORE} is that of a folder; give the arm another one")
+    for name, step in (plan.get("before") or {}).items():
+        if not isinstance(step, Mapping) or not step.get("key"):
+            raise ConfigError(f"controlled.before.{name}: needs key=<setting of the arms that gets its folder>")
+    for pair in (plan.get("headroom") or {}).items():
+        for arm in pair:
+            if arm not in plan["arms"]:
+                raise ConfigError(f"controlled.headroom: no arm {arm!r}; {near(str(arm), plan['arms'])}")
     if plan.get("baseline") and plan["baseline"] not in plan["arms"]:
         raise ConfigError(f"controlled.baseline: no arm {plan['baseline']!r}; {near(plan['baseline'], plan['arms'])}")
 
@@ -125,6 +175,29 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
     raise ConfigError(f"controlled.measures.{label}: no metric {task} {name}; {near(f'{task} {name}', known)}")
 
 
+def headroom_notes(plan: Mapping[str, Any], measures: Mapping[str, Cells]) -> list[str]:
+    """Return for each pair of ``controlled.headroom`` whether its oracle beats its baseline in the first measure.
+
+    Where it does not (the interval of the difference reaches 0), even perfect conditioning gains nothing, and the arms
+    of that setting say nothing about a method.
+    """
+    notes = []
+    label, cells = next(iter(measures.items()))
+    for oracle, baseline in (plan.get("headroom") or {}).items():
+        if oracle not in cells or baseline not in cells:
+            continue
+        found = difference(cells, oracle, baseline)
+        told = f"{label}: {oracle} − {baseline} = {estimate_text(found, signed=True)}"
+        if not np.isfinite(found.low):
+            verdict = "too few seeds to tell whether there is headroom"
+        elif found.low > 0:
+            verdict = "headroom"
+        else:
+            verdict = "no headroom, and nothing is concluded from this setting"
+        notes.append(f"{told}: {verdict}.")
+    return notes
+
+
 def write_summary(
     out: Path,
     config: DictConfig,
@@ -145,6 +218,8 @@ def write_summary(
     baseline = plan.get("baseline") if plan.get("baseline") in results else None
     table = experiment_markdown(measures, baseline)
     command = " ".join(["affect reproduce", f"experiment={chosen}", f"scale={config.scale}", *_further(config)])
+    notes = headroom_notes(plan, measures)
+    table = "\n".join([table, *(f"{note}\n" for note in notes)])
     text = (
         f"# {name}\n\nClaim: {plan['claim']} ({plan['source']})\n\nExpected: {plan['expected']}\n\n{table}\n"
         f"    {command}\n"
@@ -159,6 +234,9 @@ def write_summary(
         "scale": config.scale,
         "command": command,
         "baseline": baseline,
+        "before": plan.get("before"),
+        "common": plan.get("common"),
+        "headroom": notes,
         "arms": {arm: list(plan["arms"][arm]) for arm in results},
         "measures": {
             label: {
@@ -176,6 +254,8 @@ def write_summary(
     write_json(out / STORED, stored)
     save(experiment_figure(measures, f"{name} ({config.scale})"), out / "figure.png")
     console.print(Markdown(table))
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
     console.print(f"[bold]{out}[/bold]: {TABLE}, {STORED}, figure.png, one run per arm and seed")
 
 
