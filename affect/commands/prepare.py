@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from affect.commands import assembly
-from affect.commands.prepared import read_arguments, recipe_words, stored_recipes, train_command
+from affect.commands.prepared import read_arguments, reader_code, recipe_words, stored_recipes, train_command
 from affect.data import prepare
 from affect.data.prepare import Work
 from affect.data.table import FaceTable
@@ -59,7 +59,7 @@ def run(config: DictConfig) -> None:
     _ = work.finder  # what is missing is said once, here, before anything is written
     models = {"detector": OWN, "provider": OWN} if detector is None else describe_finder(detector, provider)
     prepare.claim(work, models)
-    units = prepare.plan(table)
+    units = prepare.plan(table, root=prepare.image_root(work))
     if not config.merge:
         mine = units if shard is None else [unit for k, unit in enumerate(units) if k % shard[1] == shard[0]]
         workers = (os.cpu_count() or 1) if config.workers is None else int(config.workers)
@@ -72,7 +72,7 @@ def run(config: DictConfig) -> None:
             highlight=False,
         )
         return
-    prepared = prepare.merge(work, units, read_arguments(config.dataset))
+    prepared = prepare.merge(work, units, read_arguments(config.dataset), reader_code(config.dataset))
     report(console, name, prepared, len(table))
     settings = recipe_words(recipe, Path(config.paths.prepared))
     console.print(

@@ -10,11 +10,16 @@ A prepared dataset is one self-contained folder that can be moved and trained fr
         shards/<unit>.arrow       crops packed into shards
         table-<reading>.arrow     the layout's table with labels, points and boxes moved into the crops
 
-A unit is one or more whole sequences, or a block of single images. Its name is a hash of its images and of what the
-table says about their faces, so that a table with other labels of the same images takes the crops as they are. A unit
-is a pure function of its images: it is worked on by one process from beginning to end and counts as done when its table
-appears, atomically. A run that is killed at any point and started again, on any number of processes or machines, ends
-with the same bytes.
+A unit is one or more whole sequences, or a block of single images. Its name is a hash of its images (their names, and
+sizes and times of change of their files) and of what the table says about their faces: a table with other labels of the
+same images takes the crops as they are, and images that were replaced, or have the same names below another root, are
+other units. So what is on disk never changes: a unit is worked on by one process from beginning to end, its crops
+appear at once, then its table, and then it is done. A run that is killed at any point and started again, on any number
+of processes or machines, ends with the same bytes. Copies of a delivery are the same images where they keep the times
+of files (``cp -p``, ``rsync -a``, ``tar``).
+
+The prepared table remembers what it was made from (metadata ``delivered``), so that a training on labels or images that
+are there and are others is stopped (``what_changed``).
 
 No image is lost silently. A row whose face was not found gets a crop all the same, and the column ``face`` says how:
 ``found``; ``neighbour`` (box or points of the nearest frames of its sequence); ``centre`` (the table's own box, or the
@@ -26,9 +31,13 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
+import shutil
 import signal
+import threading
+import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -41,10 +50,12 @@ import pyarrow as pa
 
 from affect import __version__, labels
 from affect.data.archives import SEPARATOR, ShardImages, split_member
-from affect.data.check import SYNTHETIC
+from affect.data.check import is_synthetic
 from affect.data.dataset import alignment_scheme, turned
 from affect.data.images import FileImages, ImageReader, open_pictures
+from affect.data.layouts.common import state
 from affect.data.placing import CENTRE, FOUND, NEIGHBOUR, Placed, Placer
+from affect.data.stored import alone
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError
 from affect.files import replacing
@@ -59,6 +70,9 @@ Format = Literal["jpg", "png"]
 BLOCK = 128
 """Images of a unit, at least: short sequences share one, a long one is never divided."""
 
+LOOKED_AT = 1000
+"""Images, spread over the table, whose files a training compares with those that were prepared."""
+
 _RECORDS = 64
 _BLOCK_ROWS = 1 << 16
 _MATRIX = pa.list_(pa.float64(), 6)
@@ -72,11 +86,11 @@ class Unit:
     """A piece of work.
 
     Attributes:
-        name: Hash of its images and of what the table says about their faces.
+        name: Hash of its images, the state of their files, and of what the table says about their faces.
         rows: Rows of the table in the order of work ``(N,)``.
         starts: Where in ``rows`` each sequence starts.
         ordered: Whether each of them is a sequence of frames, or images of their own.
-        times: Frame number of each row, or its place in the sequence ``(N,)``.
+        times: Frame number of each row, or where the table has none its place in the sequence ``(N,)``.
     """
 
     name: str
@@ -90,10 +104,17 @@ class Unit:
         yield from zip(self.starts, (*self.starts[1:], len(self.rows)), self.ordered, strict=True)
 
 
-def plan(table: FaceTable, block: int = BLOCK) -> list[Unit]:
-    """Return the units of a table. Each row is in exactly one; the order is that of the table's first rows."""
-    sequences, order = _sequences(table)
-    times = _times(table)
+def plan(table: FaceTable, block: int = BLOCK, root: Path | None = None) -> list[Unit]:
+    """Return the units of a table. Each row is in exactly one; the order is that of the table's first rows.
+
+    Args:
+        table: The layout's table.
+        block: Images of a unit, at least, where there are as many.
+        root: Folder of the images, where it is not the table's.
+    """
+    frames = _frames(table)
+    sequences, order = _sequences(table, frames)
+    states = _states(table, table.root if root is None else root)
     breaks = np.flatnonzero(np.diff(sequences[order], prepend=-2)) if len(order) else np.empty(0, np.int64)
     ends = np.append(breaks[1:], len(order))
     runs = sorted(zip(breaks.tolist(), ends.tolist(), strict=True), key=lambda run: int(order[run[0] : run[1]].min()))
@@ -105,8 +126,9 @@ def plan(table: FaceTable, block: int = BLOCK) -> list[Unit]:
             rows = np.concatenate([piece for piece, _ in pieces])
             starts = np.cumsum([0, *(len(piece) for piece, _ in pieces[:-1])])
             ordered = tuple(sequence for _, sequence in pieces)
-            unit = Unit("", rows, tuple(starts.tolist()), ordered, times[rows])
-            units.append(replace(unit, name=_unit_name(table, unit)))
+            places = np.concatenate([np.arange(len(piece)) for piece, _ in pieces])
+            unit = Unit("", rows, tuple(starts.tolist()), ordered, places if frames is None else frames[rows])
+            units.append(replace(unit, name=_unit_name(table, unit, states)))
             pieces.clear()
 
     for begin, end in runs:
@@ -124,7 +146,7 @@ def plan(table: FaceTable, block: int = BLOCK) -> list[Unit]:
     return units
 
 
-def _sequences(table: FaceTable) -> tuple[np.ndarray, np.ndarray]:
+def _sequences(table: FaceTable, frames: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the number of each row's sequence, -1 for none, and the rows by sequence and time, ``(N,)`` each."""
     codes = np.full(len(table), -1, np.int64)
     if "sequence" in table.names:
@@ -139,26 +161,43 @@ def _sequences(table: FaceTable) -> tuple[np.ndarray, np.ndarray]:
             archive, member = split_member(name)
             if member is not None and member.isdigit():
                 codes[row] = videos.setdefault(archive, len(videos))
-    return codes, np.lexsort((np.arange(len(table)), _times(table), codes))
+    places = np.arange(len(table))
+    return codes, np.lexsort((places, places if frames is None else frames, codes))
 
 
-def _times(table: FaceTable) -> np.ndarray:
-    """Return the number of each row's frame, or else its place in the table, ``(N,)``."""
+def _frames(table: FaceTable) -> np.ndarray | None:
+    """Return the number of each row's frame ``(N,)``; None if the table has none."""
     if "frame" in table.names:
         column = table.column("frame")
         if not column.null_count:
             return column.to_numpy(zero_copy_only=False).astype(np.int64)
-    numbers = np.arange(len(table))
     if "sequence" not in table.names:
         members = [split_member(name)[1] or "" for name in table.strings("image")[0]]
         if all(member.isdigit() for member in members):
-            numbers = np.array([int(member) for member in members], np.int64)
-    return numbers
+            return np.array([int(member) for member in members], np.int64)
+    return None
 
 
-def _unit_name(table: FaceTable, unit: Unit) -> str:
+def _states(table: FaceTable, root: Path) -> np.ndarray:
+    """Return size and time of change of the file or archive that each row's image is in, int64 ``(N, 2)``; else -1."""
+    known: dict[str, tuple[int, int]] = {}
+    found = np.empty((len(table), 2), np.int64)
+    for row, name in enumerate(table.strings("image")[0]):
+        file = split_member(name)[0]
+        if file not in known:
+            try:
+                seen = (root / file).stat()
+                known[file] = seen.st_size, seen.st_mtime_ns
+            except (OSError, ValueError):  # why it cannot be read is said when it is
+                known[file] = -1, -1
+        found[row] = known[file]
+    return found
+
+
+def _unit_name(table: FaceTable, unit: Unit, states: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps([unit.starts, unit.ordered]).encode())
     digest.update("\n".join(table.strings("image", unit.rows)[0]).encode())
+    digest.update(states[unit.rows].data)
     digest.update(np.ascontiguousarray(unit.times, np.int64).data)
     for name in ("box", *(labels.SCHEMES[scheme].column for scheme in labels.SCHEMES)):
         if name in table.names:
@@ -212,12 +251,19 @@ class Work:
         return self.folder / "units" / f"{unit.name}.arrow"
 
     def do(self, unit: Unit, advance: Callable[[int, int], None] = lambda done, missed: None) -> None:
-        """Find the faces of a unit, write its crops and then its table.
+        """Find the faces of a unit, write its crops and then its table, unless another process does or did.
 
         Args:
             unit: The unit.
             advance: Called now and then with the number of images done and of faces not found since.
         """
+        with alone(self.unit_path(unit)):
+            if self.unit_path(unit).is_file():
+                advance(len(unit.rows), 0)
+            else:
+                self._do(unit, advance)
+
+    def _do(self, unit: Unit, advance: Callable[[int, int], None]) -> None:
         placer = Placer(self.recipe, self.table, self.finder)
         names = [str(name) for name in self.table.strings("image", unit.rows)[0]]
         results: list[dict[str, Any] | None] = [None] * len(unit.rows)
@@ -281,25 +327,37 @@ def crop_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 class _FileWriter:
-    """Writes crops as files. They need no care of their own: they count when the unit's table names them."""
+    """Writes crops as files, into a folder that takes its name when all of them are on the disk.
+
+    So no reader sees a part of one, and none that is there is written again.
+    """
 
     def __init__(self, folder: Path, unit: str, names: Sequence[str]) -> None:
-        self.folder, self.names = folder, [f"crops/{unit}/{name}" for name in names]
-        self._made: set[str] = set()
+        self.names, self.unit = names, unit
+        self.target = folder / "crops" / unit
+        self._part = self.target.with_name(f".{unit}.{uuid.uuid4().hex[:12]}.part")
+        self._written: list[Path] = []
 
     def __enter__(self) -> Callable[[int, bytes], str]:
+        self._part.mkdir(parents=True)
         return self._write
 
     def _write(self, place: int, data: bytes) -> str:
-        name = self.names[place]
-        parent = name.rpartition("/")[0]
-        if parent not in self._made:
-            (self.folder / parent).mkdir(parents=True, exist_ok=True)
-            self._made.add(parent)
-        (self.folder / name).write_bytes(data)
-        return name
+        path = self._part / self.names[place]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._written.append(path)
+        return f"crops/{self.unit}/{self.names[place]}"
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:  # noqa: ANN401
+        try:
+            if kind is None and not self.target.is_dir():  # by a process that was killed before it wrote the table
+                for path in self._written:
+                    with path.open("rb") as stream:
+                        os.fsync(stream.fileno())
+                self._part.rename(self.target)
+        finally:
+            shutil.rmtree(self._part, ignore_errors=True)
 
 
 class _ShardWriter:
@@ -388,8 +446,17 @@ def _start(work: Work, progress: Any) -> None:  # noqa: ANN401
     global _work, _progress
     # Ctrl-C reaches the whole group of processes; the main one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_threads()
     _work, _progress = work, progress
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that ended: nobody would wait for its work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _limit_threads() -> None:
@@ -558,8 +625,14 @@ def missing_units(work: Work, units: Sequence[Unit]) -> list[int]:
     return [k for k, unit in enumerate(units) if work.unit_path(unit).name not in there]
 
 
-def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any]) -> FaceTable:
+def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any], code: str = "") -> FaceTable:
     """Write the prepared table from the units, all of which are done, and return it.
+
+    Args:
+        work: What was done.
+        units: All units of its table.
+        read: Arguments of the layout's reading.
+        code: What tells the code of the reading from another (``affect.data.stored.source_code``).
 
     Raises:
         DataError: If units are missing, with their numbers, or if no image could be read.
@@ -571,9 +644,7 @@ def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any]) -> FaceTab
             f"{work.folder}: {len(absent)} of {len(units)} units are not done (number {shown}); unit k belongs to "
             "shard=i/n with i = k modulo n: run that shard again, or affect prepare without shard to do the rest"
         )
-    for place in ("units", "shards"):  # what killed processes left behind
-        for leftover in (work.folder / place).glob(".*.part.arrow"):
-            leftover.unlink(missing_ok=True)
+    _clean(work.folder, {unit.name for unit in units})
     parts = []
     for unit in units:
         with pa.memory_map(str(work.unit_path(unit))) as source:
@@ -581,12 +652,73 @@ def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any]) -> FaceTab
     stacked = pa.concat_tables([_one_scheme(part, parts) for part in parts])
     order = np.concatenate([unit.rows for unit in units])
     stacked = stacked.take(pa.array(np.argsort(order, kind="stable"))).combine_chunks()
-    note = work.table.root / SYNTHETIC
-    if note.is_file():  # crops of drawn faces say so too
-        with replacing(work.folder / SYNTHETIC) as copy:
-            copy.write_bytes(note.read_bytes())
     table = _joined(work, stacked, read)
+    delivered: dict[str, Any] = {
+        "root": str(work.table.root.absolute()),
+        "files": _files(work, read),
+        "code": _digest(code),
+    }
+    table = table.with_metadata(delivered=delivered, synthetic=is_synthetic(work.table.root))
     return table.save(table_path(work.folder, read))
+
+
+def _clean(folder: Path, done: Container[str]) -> None:
+    """Remove what killed processes left of units that are done; other ones may be worked on right now."""
+    for place in ("units", "shards", "crops"):
+        for leftover in (folder / place).glob(".*.part*"):
+            if leftover.name.split(".")[1] not in done:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+def _files(work: Work, read: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    """Return the state of the files that labels come from, as the reading saw them, and of some of the images'."""
+    table = work.table
+    found: dict[str, list[int] | None] = dict(table.metadata.get("touched") or {})  # type: ignore[arg-type, call-overload]
+    own = [Path(value).expanduser() for value in reading_arguments(read).values() if isinstance(value, str)]
+    names = [str(path.absolute()) for path in own if path.is_file()]  # a user's own table
+    rows = np.unique(np.linspace(0, len(table) - 1, min(LOOKED_AT, len(table))).astype(np.int64))
+    images = image_root(work)
+    names += [os.path.relpath(images / split_member(name)[0], table.root) for name in table.strings("image", rows)[0]]
+    return found | {name: state(table.root / name) for name in dict.fromkeys(names)}
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def image_root(work: Work) -> Path:
+    """Return the folder that the names of the images are relative to."""
+    return Path(getattr(work.images, "root", work.table.root))
+
+
+def what_changed(table: FaceTable, root: str | Path | None = None, code: str = "") -> str | None:
+    """Return in what a delivered dataset is not the one that a table was prepared from.
+
+    Sizes and times of change are compared of all that labels were read from, and of ``LOOKED_AT`` of the images.
+
+    Args:
+        table: A prepared table.
+        root: Folder as delivered; None takes the one that it was prepared from.
+        code: What tells the code of the reading, as it was given to ``merge``.
+
+    Returns:
+        None if nothing is different, or if the folder is not there any more: crops need nothing else.
+    """
+    delivered: Mapping[str, Any] = table.metadata.get("delivered") or {}  # type: ignore[assignment]
+    folder = Path(root if root is not None else delivered.get("root", "")).expanduser()
+    if not folder.is_dir():
+        return None
+    for name, seen in delivered.get("files", {}).items():
+        now = state(folder / name)
+        if now != seen and (now is not None or not Path(name).is_absolute()):
+            return f"{folder / name} is not what was prepared from {delivered['root']}"
+    if delivered.get("code") != _digest(code):
+        return "labels are read by another version of the code than the one that prepared them"
+    return None
 
 
 def _one_scheme(part: pa.Table, parts: Sequence[pa.Table]) -> pa.Table:

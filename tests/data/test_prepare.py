@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 import weakref
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,13 +18,23 @@ import pytest
 
 from affect.data import faces, placing, prepare
 from affect.data.archives import ShardImages, VideoImages
-from affect.data.check import SYNTHETIC, is_synthetic
+from affect.data.check import SYNTHETIC, require_expected
 from affect.data.dataset import FaceDataset
+from affect.data.expected import Expected
 from affect.data.faces import FaceDials, FaceImages
 from affect.data.images import FileImages, Source, read_image
-from affect.data.layouts.common import write_image
+from affect.data.layouts.common import state, write_image
 from affect.data.placing import CENTRE, FOUND, NEIGHBOUR, REACH, Placer, choose
-from affect.data.prepare import Work, crop_names, find_prepared, folder_of, merge, plan, prepared_images
+from affect.data.prepare import (
+    Work,
+    crop_names,
+    find_prepared,
+    folder_of,
+    merge,
+    plan,
+    prepared_images,
+    what_changed,
+)
 from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError, DataError
@@ -117,6 +129,24 @@ def test_units_are_named_by_images_and_faces_and_not_by_labels(photographs):
     assert not set(names(photographs.with_columns({"box": boxes}))) & set(names(photographs))
 
 
+def test_units_are_named_by_the_files_of_their_images(photographs, tmp_path):
+    def names(root):
+        return [unit.name for unit in plan(FaceTable(photographs.arrow, root, {}), 4)]
+
+    kept = shutil.copytree(photographs.root, tmp_path / "kept")  # with the times of the files
+    assert names(kept) == names(photographs.root)
+    assert names(shutil.copytree(kept, tmp_path / "anew", copy_function=shutil.copyfile)) != names(kept)
+    before = names(kept)
+    write_image(kept / "F001_T2/2.png", photograph(99))
+    assert [a == b for a, b in zip(before, names(kept), strict=True)] == [True, False, True]
+    archives = FaceTable.from_columns({"image": ["a.zip!1.png", "a.zip!2.png"]}, tmp_path)
+    names = {plan(archives)[0].name}
+    for content in (b"1", b"22"):
+        (tmp_path / "a.zip").write_bytes(content)
+        names.add(plan(archives)[0].name)
+    assert len(names) == 3
+
+
 def test_names_of_crops_are_all_different():
     names = ["a/1.jpg", "a/1.png", "a/1.png", "a/1.png.jpg", "z.zip!x/1.jpg", "v.avi!3", "../up/1.jpg"]
     found = crop_names(names, "jpg")
@@ -170,6 +200,27 @@ def test_faces_between_two_frames_are_interpolated_and_those_at_an_end_stay(phot
     np.testing.assert_allclose(corner("F001_T1/4.png"), first + (last - first) * 2 / 3, atol=0.05)
     assert corner("M001_T1/1.png") == corner("M001_T1/2.png")
     assert corner("F001_T2/5.png") == corner("F001_T2/4.png")
+
+
+@pytest.mark.parametrize("frames", [True, False])
+def test_a_face_is_no_neighbour_beyond_a_gap(tmp_path, frames):
+    numbers = [1, 1 + REACH, 2 + REACH, 5000, 6000, 6001]
+    seen = {1, 6001}
+    for k in numbers:
+        write_image(tmp_path / f"{k}.png", photograph(k % 50, (30, 24, 40) if k in seen else None))
+    columns = {"image": [f"{k}.png" for k in numbers], "sequence": ["s"] * 6}
+    if frames:
+        columns["frame"] = np.array(numbers)
+    table = prepared(FaceTable.from_columns(columns, tmp_path), tmp_path / "out")
+    between = [NEIGHBOUR, CENTRE, CENTRE, NEIGHBOUR] if frames else [NEIGHBOUR] * 4
+    assert list(table.strings("face")[0]) == [FOUND, *between, FOUND]
+
+
+def test_frames_without_numbers_are_counted_within_their_sequence(tmp_path):
+    several = [f"s{k % 100}" for k in range(300)]  # one after the other, as a shuffled table has them
+    table = FaceTable.from_columns({"image": [f"{k}.png" for k in range(300)], "sequence": several}, tmp_path)
+    for unit in plan(table):
+        assert [unit.times[a:b].tolist() for a, b, _ in unit.parts()] == [[0, 1, 2]] * len(unit.starts)
 
 
 def test_single_images_without_a_face_show_their_middle_or_the_tables_box(tmp_path):
@@ -232,12 +283,17 @@ def test_unreadable_images_are_counted_and_named(photographs, tmp_path):
         prepared(FaceTable(photographs.arrow, tmp_path / "no", photographs.metadata), tmp_path / "out2")
 
 
-def test_crops_of_drawn_faces_say_so(photographs, tmp_path):
-    shutil.copytree(photographs.root, tmp_path / "drawn")
-    drawn = FaceTable(photographs.arrow, tmp_path / "drawn", {})
-    assert not is_synthetic(prepared(drawn, tmp_path / "out").root)
-    (tmp_path / "drawn" / SYNTHETIC).write_text("drawn")
-    assert is_synthetic(prepared(drawn, tmp_path / "out").root)
+def test_crops_of_drawn_faces_are_not_held_to_numbers_and_later_ones_of_photographs_are(photographs, tmp_path):
+    tree = shutil.copytree(photographs.root, tmp_path / "tree")
+    (tree / SYNTHETIC).write_text("drawn")
+    wanted = [Expected("rows", 99, "the paper")]
+    table = prepared(FaceTable(photographs.arrow, tree, {}), tmp_path / "out")
+    assert [finding.level for finding in require_expected(table, wanted)] == ["note"]
+    (tree / SYNTHETIC).unlink()
+    prepared(FaceTable(photographs.arrow, tree, {}), tmp_path / "out")
+    (folder_of(tmp_path / "out", "drawn", RECIPE) / SYNTHETIC).touch()  # of an earlier set
+    with pytest.raises(DataError, match="found 18, expected 99"):
+        require_expected(find_prepared(tmp_path / "out", "drawn", RECIPE, READ), wanted)
 
 
 def test_several_rows_of_one_image_have_crops_of_their_own(tmp_path):
@@ -314,6 +370,67 @@ def test_a_prepared_folder_can_be_moved_and_needs_nothing_else(photographs, tmp_
     again = find_prepared(tmp_path / "elsewhere", "drawn", RECIPE, READ)
     for image, wanted in zip(FileImages(again).read(np.arange(3)), before, strict=True):
         np.testing.assert_array_equal(image, wanted)
+
+
+# ------------------------------------------------------------------------------------------ another delivery
+
+
+@pytest.fixture
+def delivery(photographs, tmp_path):
+    """The photographs as a folder of its own beside a file of labels, and their table."""
+    root = shutil.copytree(photographs.root, tmp_path / "delivery")
+    (root / "labels.txt").write_text("1")
+    touched = {name: state(root / name) for name in ("labels.txt", "F001_T1", "other.txt")}
+    return FaceTable(photographs.arrow, root, {"touched": touched})
+
+
+def test_images_that_were_replaced_are_cut_again_and_the_crops_of_before_stay(delivery, tmp_path):
+    first = prepared(delivery, tmp_path, format="png")
+    before = contents(first.root / "crops")
+    replaced = delivery.root / "F001_T2/3.png"
+    write_image(replaced, 255 - read_image(replaced))
+    second = prepared(delivery, tmp_path, format="png", finder=functools.partial(Killed, 6, str(tmp_path / "never")))
+    same = first.strings("image")[0] == second.strings("image")[0]
+    assert set(delivery.strings("image", np.flatnonzero(~same))[0]) == {f"F001_T2/{k}.png" for k in range(1, 6)}
+    assert contents(first.root / "crops").items() > before.items()
+    row = list(delivery.strings("image")[0]).index("F001_T2/3.png")
+    matrix = second.numbers("crop_matrix", np.array([row]))[0].reshape(2, 3)
+    wanted = RECIPE.storage().crop(read_image(replaced), matrix)
+    assert np.abs(FileImages(second).read(np.array([row]))[0].astype(int) - wanted).max() <= 1
+
+
+def test_a_training_is_told_that_the_delivery_is_another_one(delivery, tmp_path):
+    work, units = work_of(delivery, tmp_path), plan(delivery, 4)
+    prepare.run(work, units, 0)
+    merge(work, units, READ, code="version 1")
+    table = find_prepared(tmp_path, "drawn", RECIPE, READ)
+    assert what_changed(table, None, "version 1") is None
+    assert what_changed(table, delivery.root, "version 1") is None
+    assert what_changed(table, tmp_path / "gone", "version 1") is None
+    assert "another version of the code" in what_changed(table, delivery.root, "version 2")
+
+    def said(change):
+        other = tmp_path / "other"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(delivery.root, other)
+        change(other)
+        return what_changed(table, other, "version 1")
+
+    assert said(lambda root: None) is None  # a copy with the times of its files is the same delivery
+    assert "other/labels.txt is not what was prepared from" in said(lambda root: (root / "labels.txt").write_text("2"))
+    assert "other/F001_T1 is not" in said(lambda root: (root / "F001_T1/9.png").touch())
+    assert "other/other.txt is not" in said(lambda root: (root / "other.txt").touch())
+    assert "other/M001_T1/4.png is not" in said(lambda root: write_image(root / "M001_T1/4.png", photograph(3)))
+    shutil.rmtree(delivery.root)
+    assert what_changed(table, None, "version 2") is None
+
+
+def test_of_many_images_a_thousand_are_looked_at(tmp_path):
+    columns = {"image": [f"{k}.png" for k in range(5000)], "sequence": ["s"] * 5000}
+    table = FaceTable.from_columns(columns, tmp_path)
+    files = prepare._files(Work(tmp_path, table, FileImages(table), RECIPE, None), {})
+    assert len(files) == prepare.LOOKED_AT == 1000
+    assert {"0.png", "4999.png"} <= set(files)
 
 
 # ---------------------------------------------------------------------------------------------- bounded memory
@@ -444,6 +561,109 @@ def test_processes_that_are_killed_are_reported_and_any_number_gives_the_same_by
     assert counts
 
 
+class Slow(RedSquares):
+    """Notes its process in a folder, then takes its time."""
+
+    def __init__(self, folder, seconds):
+        self.folder, self.seconds = folder, seconds
+
+    def find(self, image):
+        (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(self.seconds)
+        return super().find(image)
+
+
+@pytest.mark.parametrize("store", ["files", "shards"])
+def test_two_runs_at_once_do_each_unit_once(photographs, tmp_path, store):
+    (tmp_path / "seen").mkdir()
+    finder = functools.partial(Slow, tmp_path / "seen", 0.05)
+    work, units = work_of(photographs, tmp_path / "out", finder=finder, store=store), plan(photographs, 4)
+    hands = [multiprocessing.get_context("fork").Process(target=prepare.run, args=(work, units, 0)) for _ in range(2)]
+    for hand in hands:
+        hand.start()
+    for hand in hands:
+        hand.join(60)
+        assert hand.exitcode == 0
+    assert len(list((tmp_path / "seen").iterdir())) == 18
+    merge(work, units, READ)
+    prepared(photographs, tmp_path / "whole", store=store)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_unit_that_another_run_has_done_is_left_as_it_is(photographs, tmp_path):
+    table = prepared(photographs, tmp_path)
+    crops = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (table.root / "crops").rglob("*.jpg")}
+    work = work_of(photographs, tmp_path, finder=functools.partial(Killed, 1, str(tmp_path / "never")))
+    counts = []
+    for unit in plan(photographs, 4):  # as a process does that took the list of units before they were done
+        work.do(unit, lambda done, missed: counts.append(done))
+    assert sum(counts) == 18
+    work.unit_path(unit).unlink()  # killed between the crops and the table
+    work_of(photographs, tmp_path).do(unit)
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in crops} == crops
+
+
+def test_crops_appear_whole_on_the_disk_and_before_their_table(photographs, tmp_path, monkeypatch):
+    work, (unit, *_) = work_of(photographs, tmp_path), plan(photographs, 4)
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), sync(handle)))
+
+    def looked(done, missed):
+        assert not list((work.folder / "crops").glob("[!.]*"))
+
+    write = prepare._write_ipc
+
+    def writing(path, table):
+        crops = list((work.folder / "crops" / unit.name).rglob("*.jpg"))
+        assert len(crops) == len(unit.rows)
+        assert {crop.stat().st_ino for crop in crops} <= synced
+        write(path, table)
+
+    monkeypatch.setattr(prepare, "_write_ipc", writing)
+    work.do(unit, looked)
+    assert work.unit_path(unit).is_file()
+
+
+def test_merging_leaves_alone_what_others_are_working_on(photographs, tmp_path):
+    work, units = work_of(photographs, tmp_path), plan(photographs, 4)
+    prepare.run(work, units, 0)
+    parts = [work.folder / place / name for place in ("units", "crops") for name in (".{}.1a.part", ".{}.1a.part.x")]
+    kinds = {name: [part.with_name(part.name.format(name)) for part in parts] for name in ("other", units[0].name)}
+    for part in [part for some in kinds.values() for part in some]:
+        part.mkdir() if part.parent.name == "crops" else part.touch()
+    merge(work, units, READ)
+    assert all(part.exists() for part in kinds["other"])
+    assert not any(part.exists() for part in kinds[units[0].name])
+
+
+def test_processes_end_with_the_one_that_started_them(photographs, tmp_path):
+    (tmp_path / "seen").mkdir()
+    work = work_of(photographs, tmp_path / "out", finder=functools.partial(Slow, tmp_path / "seen", 60))
+    main = multiprocessing.get_context("fork").Process(target=prepare.run, args=(work, plan(photographs, 4), 2))
+    main.start()
+    try:
+        pids = until(lambda: {int(p.name.partition("-")[0]) for p in (tmp_path / "seen").iterdir()}, 2, 60)
+    finally:
+        main.kill()
+        main.join()
+    assert until(lambda: {pid for pid in pids if is_running(pid)}, 0, 10) == set()
+
+
+def until(look, count, seconds):
+    """Return what ``look`` sees when it is ``count`` things, or at the end."""
+    end = time.monotonic() + seconds
+    while len(seen := look()) != count and time.monotonic() < end:
+        time.sleep(0.05)
+    return seen
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 # -------------------------------------------------------------------------------------------------- mismatches
 
 
@@ -459,7 +679,6 @@ def test_training_is_told_what_is_there_and_in_what_it_differs(photographs, tmp_
     assert "has no table yet" in said()
     prepare.run(work, units, 0)
     merge(work, units, READ)
-    assert len(find_prepared(tmp_path, "drawn", RECIPE, {**READ, "root": "elsewhere"})) == 18
     assert len(find_prepared(tmp_path, "drawn", dataclasses.replace(RECIPE, window=44, size=20), READ)) == 18
     assert "prepared with prepare.stored=48, wanted 64" in said(dataclasses.replace(RECIPE, stored=64))
     wrong = dataclasses.replace(RECIPE, margin=0.1, provider="mediapipe")
