@@ -357,3 +357,15 @@ def test_two_datasets_train_one_model_with_masks() -> None:
     half = predictions.take(np.flatnonzero(sources == "affwild2"))
     assert again.column("image").to_pylist() == half.column("image").to_pylist()
     np.testing.assert_allclose(again.numbers("valence")[0], half.numbers("valence")[0], atol=1e-5)
+
+
+def test_settings_of_a_dataset_last_to_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    """CelebA without its file of identities, which is given on request: images are the groups."""
+    write_tree("celeba")
+    Path("celeba/Anno/identity_CelebA.txt").unlink()
+    settings = ["dataset=celeba", "dataset.root=celeba", "dataset.group=image", "dataset.identities=false"]
+    affect("check", *settings, "sheet=false")
+    following = following_command(capsys)
+    assert following == ["train", *settings, "task=[attributes]"]
+    affect(*following, *TINY, "paths.output=run")
+    assert read_json("run/results.json")["data"]["sources"][0]["group"] == "image"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import affect
 from affect import labels
 from affect.commands import assembly
-from affect.commands.prepared import dataset_words, train_command
+from affect.commands.prepared import FOR_TRAINING, dataset_words, train_command
 from affect.data import check
 from affect.data.check import ERROR, LEVELS, NOTE, OK, WARNING, Finding
 from affect.data.expected import Expected
@@ -323,7 +323,7 @@ def next_command(config: DictConfig, node: DictConfig, table: FaceTable, finding
     accepted = [f"accept=[{keys}]"] if keys and not stored else []
     if not stored:
         return train_command(node, table, accepted)
-    chosen, *changed = dataset_words(node)
+    chosen, *changed = dataset_words(node, FOR_TRAINING)
     return shlex.join(
         ["affect", "prepare", chosen, *([f"dataset.root={node.root}"] if node.get("root") else []), *changed]
     )

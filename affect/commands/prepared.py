@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def require_croppable(node: DictConfig, table: FaceTable, recipe: CropRecipe | N
 def prepare_command(node: DictConfig, recipe: CropRecipe, prepared: Path | None = None) -> str:
     """Return the command line that prepares a dataset for a training with these settings."""
     root = node.get("root") if not OmegaConf.is_missing(node, "root") else None
-    chosen, *changed = dataset_words(node)
+    chosen, *changed = dataset_words(node, FOR_TRAINING)
     words = ["affect", "prepare", chosen, f"dataset.root={root or DATASET_ROOT}", *changed]
     words += recipe_words(recipe, prepared)
     return " ".join(word if word.endswith(DATASET_ROOT) else shlex.quote(word) for word in words)
@@ -114,10 +114,11 @@ def recipe_words(recipe: CropRecipe, prepared: Path | None = None) -> list[str]:
     return words
 
 
-def dataset_words(node: DictConfig) -> list[str]:
-    """Return the settings that choose a dataset and how it is read, but for its root."""
+def dataset_words(node: DictConfig, without: Set[str] = frozenset()) -> list[str]:
+    """Return the settings that choose a dataset and whatever of it was changed, but for its root and some keys."""
     option = _option(str(node.get("name", "dataset")), node)
-    return [f"dataset={option}", *_changed(node, "dataset", option, skipped={"name", "root"})]
+    skipped = {"name", "root", "defaults", "protocol", "prepare", *without}
+    return [f"dataset={option}", *_changed(node, "dataset", option, skipped)]
 
 
 def train_command(node: DictConfig, table: FaceTable, more: Sequence[str] = ()) -> str:
@@ -176,7 +177,7 @@ def _chosen() -> str | None:
     return HydraConfig.get().runtime.choices.get("dataset") if HydraConfig.initialized() else None
 
 
-def _changed(node: DictConfig, group: str, option: str, skipped: set[str]) -> list[str]:
+def _changed(node: DictConfig, group: str, option: str, skipped: Set[str]) -> list[str]:
     """Return the overrides that make an option of a group what ``node`` is, as far as its plain keys go."""
     path = config_directory() / group / f"{option}.yaml"
     if not path.is_file():
@@ -189,12 +190,17 @@ def _changed(node: DictConfig, group: str, option: str, skipped: set[str]) -> li
         if OmegaConf.is_interpolation(leaf, key):
             continue
         before = None if OmegaConf.is_missing(leaf, key) else leaf[key]
-        if not OmegaConf.is_missing(node, key) and node[key] != before and key not in _FOR_TRAINING:
-            words.append(f"{group}.{key}={'null' if node[key] is None else node[key]}")
+        if not OmegaConf.is_missing(node, key) and node[key] != before:
+            words.append(f"{group}.{key}={_spelled(node[key])}")
     return words
 
 
-_FOR_TRAINING = frozenset(
-    {"group", "stratify", "together", "cropped", "expressions", "defaults", "protocol", "prepare"}
-)
+def _spelled(value: object) -> str:
+    """Return a setting's value as the command line takes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+FOR_TRAINING = frozenset({"group", "stratify", "together", "cropped", "expressions"})
 """Keys of a dataset that decide nothing about crops or labels."""
