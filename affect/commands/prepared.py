@@ -14,12 +14,14 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from affect import labels
 from affect.commands.configuration import config_directory
 from affect.data.dataset import alignment_scheme
-from affect.data.prepare import find_prepared
+from affect.data.prepare import find_prepared, what_changed
+from affect.data.stored import source_code
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from affect.geometry import CropRecipe
@@ -42,7 +44,8 @@ def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -
         prepared: ``paths.prepared``.
 
     Raises:
-        ConfigError: If it is not there or older than the user's own table, with the command that makes it.
+        ConfigError: If it is not there, or was made from other labels or images than are in the dataset's root now,
+            with the command that makes it.
     """
     name = str(node.get("name", "dataset"))
     if prepared is None:
@@ -52,10 +55,19 @@ def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -
         table = find_prepared(prepared, name, recipe, arguments)
     except DataError as error:
         raise ConfigError(f"{error}; run: {command}") from error
-    written = Path(str(arguments.get("table") or "")).expanduser()
-    if written.is_file() and table.path is not None and written.stat().st_mtime_ns > table.path.stat().st_mtime_ns:
-        raise ConfigError(f"{written} was changed after {name} was prepared; run: {command} (crops are kept)")
+    root = None if OmegaConf.is_missing(node, "root") else node.get("root")
+    changed = what_changed(table, root, reader_code(node))
+    if changed is not None:
+        raise ConfigError(f"{name}: {changed}; run: {command} (crops of unchanged images are kept)")
     return table
+
+
+def reader_code(node: DictConfig) -> str:
+    """Return the code that a dataset is read with; empty if its reader cannot be found, which reading itself tells."""
+    try:
+        return source_code(get_object(str(node.read.get("_target_"))))
+    except (ImportError, ValueError, AttributeError):
+        return ""
 
 
 def read_arguments(node: DictConfig) -> dict[str, Any]:
