@@ -27,8 +27,8 @@ NEEDS = {
     "finder=face_alignment": (),
 }
 ELSEWHERE = ("trainer", "read", "images", "encoder")
-ELSEWHERE_BUILT = ("encoder=resnet50", "encoder=vgg16_vggface")
-"""Encoders that are large; VGGFace also needs a file (tests/models/test_vggface.py)."""
+ELSEWHERE_BUILT = ("encoder=pixel_grid", "encoder=resnet50", "encoder=vgg16_vggface")
+"""Encoders that are large or need arguments; VGGFace also needs a file (tests/models/test_vggface.py)."""
 
 FRAMEWORK_ARGUMENTS = {
     "tasks", "optimizer", "scheduler", "weighting", "objectives", "self", "args", "kwargs", "params", "total_steps",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect benchmark step|loader|faces|table|pal|monet``: ratios from one run, printed as a table and stored as JSON."""
+"""``affect benchmark step|loader|faces|table|pal|monet``: ratios from one run, printed as a table and as JSON."""
 
 from __future__ import annotations
 

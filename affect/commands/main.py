@@ -220,7 +220,7 @@ COMMANDS = (
         (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
         ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table", "benchmark pal"),
         word="what",
-        words=("step", "loader", "faces", "table", "pal"),
+        words=("step", "loader", "faces", "table", "pal", "monet"),
     ),
 )
 """Every command, in the order of the help."""
