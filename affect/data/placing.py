@@ -24,7 +24,7 @@ FOUND, NEIGHBOUR, CENTRE = "found", "neighbour", "centre"
 """How a face's place is known: values of the column ``face``."""
 
 REACH = 64
-"""A face is taken from a neighbour whose frame number is at most this far away; as many images wait in memory at most."""
+"""A face is taken from a neighbour whose frame number differs by this much at most; as many images wait in memory."""
 
 _BATCH = 8
 _PRECISION = 64
@@ -53,7 +53,6 @@ class _Sighting(NamedTuple):
 
     anchor: np.ndarray
     time: int
-    place: int
     observation: FaceObservation | None
 
 
@@ -93,7 +92,7 @@ class Placer:
         Args:
             images: The images of ``rows``, or why one cannot be read.
             rows: Rows of the table ``(N,)``.
-            times: Their frame numbers ``(N,)``.
+            times: Their frame numbers, or places in the sequence ``(N,)``.
             ordered: Whether they are frames of one sequence.
         """
         hints = self._hints(rows)
@@ -104,7 +103,7 @@ class Placer:
                 yield place, image, None
                 continue
             hint = hints[place]
-            sighting, reason, count = self._sighting(seen, hint, last, place, int(times[place]))
+            sighting, reason, count = self._sighting(seen, hint, last, int(times[place]))
             self.most_held = max(self.most_held, len(waiting) + _BATCH)
             if sighting is not None:
                 while waiting:
@@ -185,13 +184,12 @@ class Placer:
         seen: list[FaceObservation] | np.ndarray,
         hint: np.ndarray | None,
         last: _Sighting | None,
-        place: int,
         time: int,
     ) -> tuple[_Sighting | None, str | None, int | None]:
         """Return the face to crop, or why there is none, and how many there were."""
         if isinstance(seen, np.ndarray):
             if self._usable(seen):
-                return _Sighting(seen, time, place, None), None, None
+                return _Sighting(seen, time, None), None, None
             return None, f"the table has no {self.recipe.needs} of the face", None
         if not seen:
             return None, "no face found", 0
@@ -203,7 +201,7 @@ class Placer:
         anchor = face.box if self.recipe.needs == "box" else face.points
         if not self._usable(anchor):
             return None, "the points found cannot be aligned", len(seen)
-        return _Sighting(anchor, time, place, face), None, len(seen)
+        return _Sighting(anchor, time, face), None, len(seen)
 
     def _usable(self, anchor: np.ndarray) -> bool:
         if self.recipe.needs == "nothing":
@@ -222,8 +220,8 @@ class Placer:
     def _between(self, held: _Waiting, before: _Sighting | None, after: _Sighting | None) -> Placed:
         """Return how to crop a frame without a face: by the faces before and behind it, else by what is in the middle.
 
-        Between two frames points move in a straight line; with one of them they stay. A frame that is farther than
-        ``REACH`` is no neighbour.
+        Between two frames points move in a straight line; with one of them they stay. A frame whose number is farther
+        away than ``REACH`` is no neighbour, however few images lie between: sets are delivered with gaps.
         """
         if before is not None and held.time - before.time > REACH:
             before = None
