@@ -16,14 +16,21 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.markdown import Markdown
 
 from affect.commands import assembly
 from affect.commands.run_folder import RESULTS, is_first_process
 from affect.errors import ConfigError, near
 from affect.files import replacing
 from affect.report import environment, read_json, write_json
-from affect.report.experiments import Cells, difference, estimate, estimate_text, experiment_markdown
+from affect.report.experiments import (
+    Cells,
+    difference,
+    estimate,
+    estimate_text,
+    experiment_markdown,
+    experiment_note,
+    experiment_tables,
+)
 
 SCALES = ("quick", "paper", "full")
 TABLE, STORED = "table.md", "reproduce.json"
@@ -71,7 +78,7 @@ def run(config: DictConfig) -> None:
                 console.rule(f"{arm}, seed {seed}")
             train.train(cell, folder)
             if is_first_process():
-                results[arm][seed] = read_json(folder / RESULTS)
+                results[arm][seed] = read_json(folder / RESULTS) | {"folder": str(folder)}
     if is_first_process():
         write_summary(out, config, plan, chosen, results, console)
 
@@ -147,7 +154,7 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
     """Return a number of a run.
 
     Args:
-        results: Contents of its ``results.json``.
+        results: Contents of its ``results.json``, and its ``folder`` for measures that read predictions.
         measure: ``{part, task, name}`` of a metric, ``{finding: a/b/c}`` of what a model tells of itself, or a node
             whose ``_target_`` is a function of the results.
         label: Its name, for messages.
@@ -253,7 +260,9 @@ def write_summary(
     }
     write_json(out / STORED, stored)
     save(experiment_figure(measures, f"{name} ({config.scale})"), out / "figure.png")
-    console.print(Markdown(table))
+    for shown in experiment_tables(measures, baseline):
+        console.print(shown)
+    console.print(experiment_note(measures, baseline), highlight=False, markup=False)
     for note in notes:
         console.print(note, highlight=False, markup=False)
     console.print(f"[bold]{out}[/bold]: {TABLE}, {STORED}, figure.png, one run per arm and seed")
