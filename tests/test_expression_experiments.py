@@ -61,6 +61,8 @@ def test_affectnet_trains_with_its_own_points(name: str, tmp_path: Path, trees: 
         "kind": "balanced", "key": "expression", "ratios": None, "length": None
     }  # fmt: skip
     assert len(results["labels"]["expression"]) == int(name[-1])
+    figures = {path.name for path in (tmp_path / "output" / "figures").iterdir()}
+    assert {"pal_attribution.png", "expression_confusion.png", "expression_reliability.png"} <= figures
 
 
 def test_rafdb_stops_for_its_points_and_trains_when_they_are_found(
@@ -143,7 +145,8 @@ def test_the_objective_is_chosen_by_its_name_and_left_out_by_null(tmp_path: Path
     assert compose("train").objectives == {}
     line = [*words("pal_affectnet7", tmp_path, trees("affectnet")), *VGG, "objectives.pal=null"]
     train.run(compose("train", line))
-    assert not any("pal" in key for key in results_of(tmp_path)["findings"] or {})
+    assert results_of(tmp_path)["metrics"]["test"]
+    assert not (tmp_path / "output" / "figures" / "pal_attribution.png").exists()
 
 
 def test_task_tokens_learn_with_uncertainties_from_partial_labels(tmp_path: Path, trees: Callable[[str], Path]) -> None:
@@ -156,6 +159,6 @@ def test_task_tokens_learn_with_uncertainties_from_partial_labels(tmp_path: Path
     assert {record["name"] for record in results["headline"]} == {"P_MTL", "P_VA", "P_EXPR", "P_AU"}
     stored = OmegaConf.create(results["config"])
     assert stored.task.valence_arousal.loss == {"_target_": "affect.losses.MSE"}
-    release = (tmp_path / "output" / "release" / "model.safetensors").stat().st_size
-    assert release > 0
+    figures = {path.name for path in (tmp_path / "output" / "figures").iterdir()}
+    assert {"valence_arousal_circumplex.png", "expression_confusion.png", "au_reliability.png"} <= figures
     assert torch.isfinite(torch.tensor([value for by in sigma.values() for value in by.values()])).all()

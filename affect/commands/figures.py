@@ -16,6 +16,7 @@ from affect.data.table import FaceTable
 from affect.files import replacing
 from affect.metrics import confusion_matrix
 from affect.models.base import AffectModule
+from affect.models.pal import PrivilegedAttribution
 from affect.models.tokens import TokenModule, token_names
 from affect.report import figures as draw
 from affect.report import markdown, order_table
@@ -67,6 +68,7 @@ def write_run_figures(
         batch = first_batch(datamodule, part)
         if batch is not None:
             write_sheets(folder, batch, module)
+            write_attribution(folder, batch, module)
 
 
 def write_prediction_figures(
@@ -85,6 +87,12 @@ def write_prediction_figures(
                 torch.from_numpy(values), torch.from_numpy(encoded.target), torch.from_numpy(encoded.mask)
             )
             draw.save(draw.confusion_matrix(matrix.numpy(), task.outputs), folder / f"{name}_confusion.png")
+            # Of the class that is named, among those that the row's source can label.
+            offered = np.where(encoded.mask, values, -np.inf)
+            named, true = offered.argmax(1), np.where(encoded.mask, encoded.target, -np.inf).argmax(1)
+            sure = values[np.arange(len(values)), named]
+            figure = draw.reliability_diagram(sure, (named == true).astype(float), np.asarray(encoded.mask.any(1)))
+            draw.save(figure, folder / f"{name}_reliability.png")
         elif isinstance(task, ValenceArousal):
             figure = draw.circumplex(values, encoded.target, np.asarray(encoded.mask.all(1)), records=own)
             draw.save(figure, folder / f"{name}_circumplex.png")
@@ -92,9 +100,30 @@ def write_prediction_figures(
             figure = draw.coefficient_scatter(values, encoded.target, task.outputs, encoded.mask, records=own)
             draw.save(figure, folder / f"{name}_scatter.png")
         if isinstance(task, AUOccurrence):
+            figure = draw.reliability_diagram(values, encoded.target, encoded.mask)
+            draw.save(figure, folder / f"{name}_reliability.png")
             draw.save(draw.au_bars(records, "f1", task=name), folder / f"{name}_f1.png")
         elif any(record["name"].startswith("ccc/") for record in own):
             draw.save(draw.au_bars(records, "ccc", task=name), folder / f"{name}_ccc.png")
+
+
+def write_attribution(folder: Path, batch: Any, module: AffectModule) -> None:  # noqa: ANN401
+    """Write held-out faces with what a layer under privileged attribution contributes, e.g. ``pal_attribution.png``."""
+    batch = batch.to(next(module.parameters()).device)
+    for name, objective in module.objectives.items():
+        if not isinstance(objective, PrivilegedAttribution):
+            continue
+        maps, found = objective.look(module, batch)
+        known = batch.point_masks[objective.scheme].cpu().numpy()[..., None]
+        points = np.where(known, batch.points[objective.scheme].cpu().numpy(), np.nan)
+        captions = [caption(module.tasks, batch.targets, batch.masks, k) for k in range(len(batch))]
+        captions = [
+            text if np.isnan(r) else f"{text}, correlation with the landmarks {r:.2f}"
+            for text, r in zip(captions, found.tolist(), strict=True)
+        ]
+        title = f"Held-out faces, and what {objective.layer} contributes to {objective.task}"
+        figure = draw.attribution_sheet(images(batch), maps.cpu().numpy(), captions, points, title=title)
+        draw.save(figure, folder / f"{name}_attribution.png")
 
 
 def write_sheets(folder: Path, batch: Any, module: AffectModule) -> None:  # noqa: ANN401

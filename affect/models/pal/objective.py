@@ -14,6 +14,7 @@ from affect.losses.privileged_attribution import (
     Kind,
     Scale,
     attribution,
+    correlation,
     landmark_prior,
     privileged_attribution,
     spread_of,
@@ -113,6 +114,27 @@ class PrivilegedAttribution(Objective):
             raise ConfigError(
                 f"objective privileged attribution: layer {self.layer} has no part in the logits of {self.task}"
             ) from error
+
+    def look(self, module: AffectModule, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what a model attributes its score to, and how well that lies on the landmarks, in evaluation mode.
+
+        Args:
+            module: Model with the objective's taps, i.e. after ``setup``.
+            batch: Faces, with labels where the score asks for them.
+
+        Returns:
+            Mean over channels of the attribution ``(B, h, w)``, and its correlation with the prior ``(B,)``, NaN for
+            images without landmarks.
+        """
+        mode = module.training
+        module.eval()
+        with torch.enable_grad(), torch.autocast(batch.image.device.type, enabled=False):
+            found, scored = self.attribution(batch, module(batch), module.taps)
+        module.train(mode)
+        module.taps = {}
+        found = found.detach()
+        prior, some = self.prior(batch, (found.shape[-2], found.shape[-1]))
+        return found.mean(1), torch.where(some & scored, correlation(found, prior), torch.nan)
 
     def prior(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the prior maps ``(B, h, w)`` of a batch and which images have one ``(B,)``."""

@@ -2,6 +2,7 @@
 """Figures of data, training and results: pure functions of arrays and records that return matplotlib figures."""
 
 from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, enlargement
+from affect.report.figures.attribution import attribution_sheet
 from affect.report.figures.curves import cumulative_error_curve, reliability_diagram, training_curves
 from affect.report.figures.findings import attention_sheet, soft_order_matrix, weight_curves
 from affect.report.figures.gates import gate_usage
@@ -15,6 +16,7 @@ __all__ = [
     "annotate_face",
     "annotate_faces",
     "attention_sheet",
+    "attribution_sheet",
     "au_bars",
     "circumplex",
     "coefficient_scatter",

@@ -145,3 +145,21 @@ class TestRefusals:
     def test_unknown_options(self, key):
         with pytest.raises(ConfigError, match=key):
             PrivilegedAttribution(LAYER, **{key: "other"})
+
+
+def test_a_look_at_a_model_changes_nothing_and_knows_where_landmarks_are():
+    module, batch = make(), make_batch()
+    module.train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    maps, found = module.objectives["pal"].look(module, batch)
+    assert module.training
+    assert module.taps == {}
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert maps.shape == (4, *maps.shape[1:])
+    assert not maps.requires_grad
+    assert found.isnan().tolist() == [False, False, False, True]  # the last image has no landmarks
+    objective = module.objectives["pal"]
+    prior = objective.prior(batch, maps.shape[1:])[0]
+    for k in range(3):
+        wanted = torch.corrcoef(torch.stack([maps[k].flatten(), prior[k].flatten()]))[0, 1]
+        torch.testing.assert_close(found[k], wanted, atol=1e-5, rtol=1e-4)
