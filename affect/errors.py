@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -36,3 +37,28 @@ def near(name: str, options: Iterable[str], count: int = 3) -> str:
         return f"did you mean {' or '.join(close)}?"
     listed = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")
     return f"known: {listed}" if known else "there are none"
+
+
+def write_list(key: str, values: Iterable[str]) -> str:
+    """Return the override ``key=[…]`` as Hydra reads it back, with quotes around values that need them.
+
+    A shell needs more: ``shlex.quote`` it.
+
+    Example:
+        >>> write_list("accept", ["rows", "rows/part=train"])
+        'accept=[rows,"rows/part=train"]'
+    """
+    return f"{key}=[{','.join(map(_quoted, values))}]"
+
+
+def _quoted(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z][\w/.*-]*", value, re.ASCII) and value.lower() not in (
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+    ):
+        return value
+    # Only a quote, and backslashes in front of one, mean something else inside of quotes.
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + (found[2] and '\\"'), value) + '"'

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -18,6 +21,7 @@ from tqdm import tqdm
 from affect.commands.configuration import config_directory
 from affect.commands.prepared import load_prepared, require_croppable
 from affect.commands.run_folder import is_first_process
+from affect.data.check import EXAMPLES, LEFT_OUT
 from affect.data.datamodule import FaceDataModule
 from affect.data.images import NEAR_DUPLICATES, FileImages, ImageReader, Source
 from affect.data.prepare import prepared_images
@@ -210,7 +214,7 @@ def _load(
     Crops that are missing stop the run with the command that makes them; so does a recipe that the dataset cannot have.
     """
     if recipe is not None and recipe.stored:
-        stored = load_prepared(node, recipe, prepared)
+        stored = left_out(node, load_prepared(node, recipe, prepared), cache, "source_image")
         return Loaded(stored, prepared_images(stored), recipe.loading(), recipe)
     table = read_table(node, cache, fresh)
     require_croppable(node, table, recipe)
@@ -239,7 +243,72 @@ def read_table(node: DictConfig, cache: Path | None = None, fresh: bool = False)
         path = stored_path(cache / TABLES, name, _located(arguments), _callee(node.read, where))
     console = Console(quiet=not is_first_process())
     say = lambda line: console.print(line, highlight=False, soft_wrap=True)  # noqa: E731
-    return read_or_stored(path, name, lambda: make(node.read, where), say, fresh)
+    return left_out(node, read_or_stored(path, name, lambda: make(node.read, where), say, fresh), cache)
+
+
+def listed_images(path: Path) -> list[str]:
+    """Return the names of images that a file lists, one a line.
+
+    Raises:
+        ConfigError: If it cannot be read or lists nothing.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"dataset.leave_out={path}: not a readable text file ({error}); one image a line") from error
+    if not names:
+        raise ConfigError(f"dataset.leave_out={path}: lists no image; write one name a line, or dataset.leave_out=null")
+    return names
+
+
+def left_out(node: DictConfig, table: FaceTable, cache: Path | None, column: str = "image") -> FaceTable:
+    """Return the table without the rows whose image ``dataset.leave_out`` lists; they are counted as skipped.
+
+    The shorter table is kept in the cache, so that no process holds a copy of it.
+
+    Args:
+        node: A dataset, perhaps with ``leave_out``: a file with names as in ``column``, one a line.
+        table: The dataset.
+        cache: Folder of things that can be made again; None stores nothing.
+        column: Column of the names; a prepared table may lack them, since its images could be read.
+
+    Raises:
+        ConfigError: If the file cannot be read, or lists no image of a table that was read.
+    """
+    if not node.get("leave_out"):
+        return table
+    path = Path(node.leave_out).expanduser()
+    names = listed_images(path)
+    codes, known = table.codes(column)
+    gone = np.append(np.isin(known.astype(str), names), False)[codes]  # a row without a name has the code -1
+    if not gone.any():
+        if column == "image":
+            raise ConfigError(
+                f"dataset.leave_out={path}: none of its {len(names)} names is an image of the table (e.g. {names[0]}); "
+                f"write them as the table does: {known[0] if len(known) else '?'}"
+            )
+        return table
+    kept = (
+        None if cache is None else cache / TABLES / f"{node.get('name', 'dataset')}-{_digest(table, names)}-kept.arrow"
+    )
+    if kept is not None and kept.is_file():
+        stored = FaceTable.open(kept)
+        if stored.root.absolute() == table.root.absolute():
+            return stored
+    skipped: dict[str, Any] = dict(table.metadata.get("skipped") or {})  # type: ignore[arg-type, call-overload]
+    examples: dict[str, Any] = dict(table.metadata.get("skipped_examples") or {})  # type: ignore[arg-type, call-overload]
+    skipped[LEFT_OUT] = int(gone.sum())
+    examples[LEFT_OUT] = [str(name) for name in table.strings(column, np.flatnonzero(gone)[:EXAMPLES])[0]]
+    shorter = table.take(np.flatnonzero(~gone)).with_metadata(skipped=skipped, skipped_examples=examples)
+    try:
+        return shorter if kept is None else shorter.save(kept)
+    except OSError:  # A cache that cannot be written to costs memory only.
+        return shorter
+
+
+def _digest(table: FaceTable, names: list[str]) -> str:
+    said = json.dumps([table.fingerprint, dict(table.metadata), sorted(names)], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _located(arguments: Mapping[Any, Any]) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from affect.data.check import ERROR, LEVELS, NOTE, OK, WARNING, Finding
 from affect.data.expected import Expected
 from affect.data.headers import UNREADABLE, Headers, decode_headers, read_headers
 from affect.data.images import FileImages, ImageReader, Source
-from affect.data.protocol import divide
+from affect.data.protocol import assign, require_parts
 from affect.data.table import FaceTable
 from affect.errors import AffectError, ConfigError, DataError
+from affect.files import replacing
 from affect.report import write_json
 
 STYLES = {ERROR: "bold red", WARNING: "yellow", check.ACCEPTED: "magenta", NOTE: "", OK: "green"}
@@ -43,19 +44,21 @@ def run(config: DictConfig) -> None:
     """Check ``dataset``, print a table of findings, write the report and the sheet.
 
     Raises:
+        ConfigError: If ``accept`` names a key that no finding has; the report is written before.
         DataError: If training would be on the wrong data; the report is written before.
     """
     console = Console()
     node = _dataset(config)
     name = str(node.get("name", "dataset"))
-    accept = [str(key) for key in config.accept or ()]
+    accept = accepted_keys(config)
     cache = Path(config.paths.cache).expanduser() if config.paths.cache else None
     table = assembly.read_table(_without_image_check(node), cache, fresh=True)
     images = assembly.build_images(node, table)
     group = str(node.get("group") or "image")
     synthetic = check.is_synthetic(table.root)
 
-    findings = check.examine_table(table, group)
+    expected = expectations(node)
+    findings = check.examine_table(table, group, expected)
     headers, looked = look_at_images(config, name, table, images)
     rows, place = check.distinct_images(table)
     findings += check.examine_images(table, headers, len(rows))
@@ -65,7 +68,6 @@ def run(config: DictConfig) -> None:
     findings += check.examine_points(table, known, sizes[place][known])
     findings += near_duplicates(config, node, name, table, images, headers)
     findings += protocol_findings(config, name, table, images, group)
-    expected = expectations(node)
     findings += check.compare(table, expected, check.size_counts(headers), synthetic=synthetic)
     findings = check.accepted(findings, accept)
 
@@ -97,19 +99,26 @@ def run(config: DictConfig) -> None:
     }
     write_json(report, _with_text_keys(contents))
     sheet = draw_sheet(config, report, name, table, images, headers)
+    unusable = list_unusable(report, node, table, headers)
 
     console.print(findings_table(name, table, findings, contents))
-    written = " and ".join(str(path) for path in (report, sheet) if path is not None)
+    written = " and ".join(str(path) for path in (report, sheet, unusable) if path is not None)
     # Without markup: it would swallow the brackets of lists and paths.
     console.print(f"written: {written}", soft_wrap=True, highlight=False, markup=False)
+    check.require_known(findings, accept)
     if wrong:
-        keys = ",".join(finding.key for finding in wrong)
+        words = check.accept_words(wrong)
+        mending = ["mend the tree", *([f"accept what is meant so: {words}"] if words else [])]
+        if any(finding.key in check.UNUSABLE for finding in wrong):
+            where = shlex.quote(f"dataset.leave_out={unusable or '<file that lists their names>'}")
+            mending.append(f"leave the images out that cannot be used: {where}")
         shown = ", ".join(finding.key for finding in wrong[:6]) + (", …" if len(wrong) > 6 else "")
         raise DataError(
             f"{name}: {len(wrong)} {'errors' if len(wrong) > 1 else 'error'} ({shown}): training would be on the wrong "
-            f"data; mend the tree, or accept what is meant so: {shlex.quote(f'accept=[{keys}]')}"
+            f"data; {', or '.join(mending)}"
         )
-    console.print(f"next: {next_command(config, node, table, findings)}", soft_wrap=True, highlight=False, markup=False)
+    following = next_command(config, node, table, findings, unusable)
+    console.print(f"next: {following}", soft_wrap=True, highlight=False, markup=False)
 
 
 # -------------------------------------------------------------------------------------------------- in training
@@ -127,7 +136,13 @@ def verified(config: DictConfig, sources: Sequence[Source], console: Console) ->
         DataError: If a count is that of other data and its key is not in ``accept``.
         ConfigError: If ``accept`` names a key that no check has.
     """
-    accept = [str(key) for key in config.get("accept") or ()]
+    accept = accepted_keys(config)
+    for key in accept:
+        if key in check.UNUSABLE:
+            raise ConfigError(
+                f"accept={key}: no training can read such images; leave them out with dataset.leave_out=<file that "
+                "lists their names>, which affect check writes beside its report"
+            )
     everything: list[Finding] = []
     checked = []
     for node, source in zip(assembly.source_nodes(config).values(), sources, strict=True):
@@ -141,6 +156,12 @@ def verified(config: DictConfig, sources: Sequence[Source], console: Console) ->
         checked.append(dataclasses.replace(source, notes=(*source.notes, *notes)) if notes else source)
     check.require_known(everything, accept, elsewhere=True)
     return checked
+
+
+def accepted_keys(config: DictConfig) -> list[str]:
+    """Return the keys of ``accept``, which may be one key or a list."""
+    given = config.get("accept")
+    return [given] if isinstance(given, str) else [str(key) for key in given or ()]
 
 
 def expectations(node: DictConfig) -> tuple[Expected, ...]:
@@ -266,10 +287,12 @@ def protocol_findings(
     """Return how many rows each part of the chosen protocol gets, or why it has none."""
     try:
         whole = assembly.build_protocols(config)[0]
-        [division] = divide([Source(name, table, images, group)], [whole])
+        source = Source(name, table, images, group)
+        rows_of = assign(source, whole)
+        require_parts([source], [rows_of], whole)
     except AffectError as error:
-        return [Finding("protocol", WARNING, str(error))]
-    counts = {part: len(rows) for part, rows in division.rows.items()}
+        return [Finding("protocol", ERROR, str(error))]
+    counts = {part: len(rows) for part, rows in rows_of.items()}
     listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     return [Finding("protocol", OK, f"rows by the protocol {config.protocol.get('name', 'default')}: {listed}", counts)]
 
@@ -282,6 +305,25 @@ def report_path(config: DictConfig, name: str) -> Path:
     if config.report:
         return Path(config.report).expanduser()
     return Path(config.paths.runs).expanduser() / "check" / name / "check.json"
+
+
+def list_unusable(report: Path, node: DictConfig, table: FaceTable, headers: Headers) -> Path | None:
+    """Write the names of the images that cannot be used beside the report, for ``dataset.leave_out``.
+
+    Names that ``dataset.leave_out`` lists already stay in the list.
+
+    Returns:
+        The file; None where all that were looked at can be used.
+    """
+    rows = headers.rows[headers.problems != ""]
+    if not len(rows):
+        return None
+    before = assembly.listed_images(Path(node.leave_out).expanduser()) if node.get("leave_out") else []
+    names = sorted({*before, *(str(name) for name in table.strings("image", rows)[0])})
+    path = report.with_name(f"{report.stem}_unusable.txt")
+    with replacing(path) as part:
+        part.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    return path
 
 
 def _with_text_keys(contents: dict[str, Any]) -> dict[str, Any]:
@@ -314,15 +356,31 @@ def findings_table(name: str, table: FaceTable, findings: Sequence[Finding], rep
     return shown
 
 
-def next_command(config: DictConfig, node: DictConfig, table: FaceTable, findings: Sequence[Finding]) -> str:
-    """Return what to run after a check without errors: the preparation of crops where there is one, or training."""
+def next_command(
+    config: DictConfig,
+    node: DictConfig,
+    table: FaceTable,
+    findings: Sequence[Finding],
+    unusable: Path | None = None,
+) -> str:
+    """Return what to run after a check without errors: the preparation of crops where there is one, or training.
+
+    Args:
+        config: The config.
+        node: Its node ``dataset``.
+        table: The dataset as read.
+        findings: Of the whole check.
+        unusable: List of images that were accepted though no training can read them.
+    """
+    if unusable is not None:
+        node = node.copy()
+        OmegaConf.update(node, "leave_out", str(unusable), force_add=True)
     prepare = config.get("prepare") or {}
     stored = not OmegaConf.is_missing(prepare, "stored") and bool(prepare.get("stored")) if prepare else False
     # What only this check finds (sizes, files) need not be accepted again; counts and rates do.
-    keys = ",".join(finding.key for finding in findings if finding.level == check.ACCEPTED)
-    accepted = [f"accept=[{keys}]"] if keys and not stored else []
     if not stored:
-        return train_command(node, table, accepted)
+        words = check.accept_words(finding for finding in findings if finding.level == check.ACCEPTED)
+        return train_command(node, table, shlex.split(words))
     chosen, *changed = dataset_words(node, FOR_TRAINING)
     return shlex.join(
         ["affect", "prepare", chosen, *([f"dataset.root={node.root}"] if node.get("root") else []), *changed]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from affect.errors import AffectError, ConfigError, near
+from affect.errors import AffectError, ConfigError, near, write_list
 
 if TYPE_CHECKING:
     from hydra._internal.config_repository import ConfigRepository
@@ -119,23 +119,6 @@ def quote_paths(overrides: Iterable[str]) -> list[str]:
     return [_quote_path(override) for override in overrides]
 
 
-def write_list(key: str, values: Sequence[str]) -> str:
-    """Return ``key=[…]`` as Hydra reads it back, with quotes around the values that need them; a shell needs more.
-
-    Example:
-        >>> write_list("accept", ["rows", "rows/part=train"])
-        'accept=[rows,"rows/part=train"]'
-    """
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    plain = (re.fullmatch(r"[A-Za-z][\w/.*-]*", value) and value.lower() not in _LITERALS for value in values)
-    written = [
-        value if simple else QuotedString(value, Quote.double).with_quotes()
-        for value, simple in zip(values, plain, strict=True)
-    ]
-    return f"{key}=[{','.join(written)}]"
-
-
 def is_path_key(key: str) -> bool:
     """Return whether ``key`` holds one path."""
     patterns = (re.escape(known).replace(r"\*", ".+" if known.endswith("*") else r"[^.]+") for known in PATH_KEYS)
@@ -155,6 +138,9 @@ def _quote_path(override: str) -> str:
 
 _TABLES = re.compile(r"dataset=\[([^\[\]]*)\]")
 _SOURCE = re.compile(r"\+dataset@dataset\.sources\.(\w+)=([\w./-]+)")
+_ANY_DATASET = re.compile(r"\+*(dataset(?:\.sources\.[^.=]+)?\.leave_out=.*)", re.DOTALL)
+"""Keys that every dataset takes, also those of a user that do not have them."""
+
 _BROUGHT = ("protocol", "prepare")
 """Groups that a dataset chooses from for itself."""
 
@@ -180,7 +166,7 @@ def expand_sources(hydra: Hydra, command: str, overrides: Sequence[str]) -> list
         ConfigError: If ``dataset=[…]`` names a table twice.
     """
     line: list[str] = []
-    for override in _of_the_run(hydra, command, overrides):
+    for override in _of_the_run(hydra, command, [_ANY_DATASET.sub(r"++\1", override) for override in overrides]):
         line += _spelled_out(override) if _TABLES.fullmatch(override) else [override]
     sources = {match[1]: match[2] for match in map(_SOURCE.fullmatch, line) if match}
     if not sources:

@@ -130,7 +130,9 @@ def dataset_words(node: DictConfig, without: Set[str] = frozenset()) -> list[str
     """Return the settings that choose a dataset and whatever of it was changed, but for its root and some keys."""
     option = _option(str(node.get("name", "dataset")), node)
     skipped = {"name", "root", "defaults", "protocol", "prepare", *without}
-    return [f"dataset={option}", *_changed(node, "dataset", option, skipped)]
+    # No dataset has this key of its own.
+    listed = [f"dataset.leave_out={node.leave_out}"] if node.get("leave_out") and "leave_out" not in without else []
+    return [f"dataset={option}", *_changed(node, "dataset", option, skipped), *listed]
 
 
 def train_command(node: DictConfig, table: FaceTable, more: Sequence[str] = ()) -> str:

@@ -22,12 +22,17 @@ Keys are those of ``affect.data.expected`` (``rows/part=train``, ``rate/au12_occ
     points/<scheme>, box    labels far outside of their image
     near_duplicates         pictures of one scene in more than one official part
     protocol                parts of the chosen protocol
+    notes                   what the reading noted: files that are missing, or that it passed over
+
+A key that is accepted may hold wildcards: ``rate/*`` accepts every rate.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,7 @@ from affect import labels
 from affect.data.expected import FAIL_RATE, WARN_RATE, Expected, measure
 from affect.data.headers import CMYK, DEEP, GREY, PALETTE, PROBLEMS, Headers
 from affect.data.table import FaceTable, declared_type
-from affect.errors import ConfigError, DataError, near
+from affect.errors import ConfigError, DataError, near, write_list
 
 OK, NOTE, WARNING, ERROR, ACCEPTED = "ok", "note", "warning", "error", "accepted"
 LEVELS = (ERROR, WARNING, ACCEPTED, NOTE, OK)
@@ -46,8 +51,24 @@ LEVELS = (ERROR, WARNING, ACCEPTED, NOTE, OK)
 SYNTHETIC = "SYNTHETIC.md"
 """File in the root of a tree of built-in faces: counts of such a tree are not those of the dataset, and need not be."""
 
+LEFT_OUT = "left out by dataset.leave_out"
+"""Reason of rows that the user leaves out by a list of images."""
+
+UNUSABLE = tuple(f"images/{problem}" for problem in PROBLEMS)
+"""Keys of images that no training can read, whoever accepts them: they can only be left out."""
+
 EXAMPLES = 10
 """How many names a finding lists."""
+
+LOST = (
+    *("image missing", "image is missing", "no image of a labelled frame", "label files without an image"),
+    *("no video of", "the video ends before", "no folder of extracted frames", "label lines of a video without"),
+)
+"""Beginnings of readers' reasons to leave out labelled rows whose image ought to be there; that of a frame in which
+nobody's face was detected is none of them."""
+
+FEW_LOST = 0.01
+"""Share of labelled rows beyond which lost images are an error: a part of the delivery was not copied or unpacked."""
 
 FAR = 0.5
 """By how many image sides a point may lie outside of its image before it counts as far outside."""
@@ -56,10 +77,11 @@ MANY = 0.05
 """Share of rows beyond which labels that do not fit their images are taken for those of other images."""
 
 _BLOCK = 65536
+_FEW = 3
 _NO_LABELS = frozenset({"image", "subject", "sequence", "part", "frame", "box"})
 _ELSEWHERE = (
     *("skipped/", "labels/", "expression/", "groups/", "images/", "points/"),
-    *("rows/duplicate", "rows/conflicting", "box", "near_duplicates", "protocol", "size"),
+    *("rows/duplicate", "rows/conflicting", "box", "near_duplicates", "protocol", "size", "notes"),
 )
 """Beginnings of the keys that only the whole check can find."""
 
@@ -150,11 +172,28 @@ def _compare_number(table: FaceTable, entry: Expected, whole: Expected | None) -
     if whole is not None and measured is not None and _explained(table, measured, entry, whole):
         variant = whole.variants[len(table)]
         return finding(NOTE, f"{shown}: the number of {variant} is not known; {wanted} elsewhere ({entry.source})")
-    sentence = f"found {shown}, expected {wanted} ({entry.source}{'' if entry.found else '; recalled, not checked'})"
+    gone = _rows_left_out(table)
+    if gone and measured is not None and not entry.key.startswith("distinct/"):
+        # So many rows more would have been counted, or less.
+        short = gone / len(table) + WARN_RATE if rate else gone
+        if abs(measured - entry.value) <= short + 1e-9 and (rate or measured < entry.value):
+            return finding(NOTE, f"{shown}, {wanted} published ({entry.source}): {gone:,} rows are {LEFT_OUT}")
+    sentence = f"found {shown}, expected {wanted} ({_named(entry)})"
     if entry.variants:
         sentence += "; known variants: " + ", ".join(f"{count:,} ({whose})" for count, whose in entry.variants.items())
     close = rate and measured is not None and abs(measured - entry.value) <= FAIL_RATE + 1e-9
     return finding(ERROR if entry.found and not close else WARNING, sentence)
+
+
+def _rows_left_out(table: FaceTable) -> int:
+    skipped = table.metadata.get("skipped")
+    count = skipped.get(LEFT_OUT) if isinstance(skipped, Mapping) else None
+    return count if isinstance(count, int) else 0
+
+
+def _named(entry: Expected) -> str:
+    """Return the source of a number, and that nobody has checked it where it does not say so itself."""
+    return entry.source if entry.found or "recalled" in entry.source else f"{entry.source}; recalled, not checked"
 
 
 def _explained(table: FaceTable, measured: float, entry: Expected, whole: Expected) -> bool:
@@ -192,8 +231,7 @@ def _compare_size(entry: Expected, image_sizes: Mapping[tuple[int, int], int] | 
         return Finding(entry.key, level, sentence, wanted if total else None, wanted, entry.source)
     common = sorted(others, key=lambda size: (-others[size], size))
     listed = ", ".join(f"{w} x {h} ({others[w, h]:,})" for w, h in common[:3]) + (", …" if len(common) > 3 else "")
-    recalled = "" if entry.found else "; recalled, not checked"
-    sentence = f"{sum(others.values()):,} of {total:,} images are not {shown} but {listed} ({entry.source}{recalled})"
+    sentence = f"{sum(others.values()):,} of {total:,} images are not {shown} but {listed} ({_named(entry)})"
     commonest = max(image_sizes, key=lambda size: (image_sizes[size], size))
     return Finding(entry.key, ERROR if entry.found else WARNING, sentence, commonest, wanted, entry.source)
 
@@ -202,12 +240,7 @@ def _compare_size(entry: Expected, image_sizes: Mapping[tuple[int, int], int] | 
 
 
 def accepted(findings: Sequence[Finding], accept: Sequence[str]) -> list[Finding]:
-    """Return the findings with warnings and errors accepted whose key is named.
-
-    Raises:
-        ConfigError: If a key names no finding.
-    """
-    require_known(findings, accept)
+    """Return the findings with warnings and errors accepted whose key is named; ``require_known`` tells wrong keys."""
     return [_accept(finding, accept) for finding in findings]
 
 
@@ -219,16 +252,33 @@ def require_known(findings: Iterable[Finding], accept: Sequence[str], elsewhere:
         accept: Keys.
         elsewhere: Whether keys of findings that only the whole check makes may be named as well.
     """
-    known = [finding.key for finding in findings]
+    known = list(dict.fromkeys(finding.key for finding in findings))
     for key in accept:
-        if key not in known and not (elsewhere and key.startswith(_ELSEWHERE)):
+        if not any(_matches(name, [key]) for name in known) and not (elsewhere and key.startswith(_ELSEWHERE)):
             raise ConfigError(f"accept={key}: no finding has this key; {near(key, known)}")
 
 
 def _accept(finding: Finding, accept: Sequence[str]) -> Finding:
-    if finding.key not in accept or finding.level not in (WARNING, ERROR):
+    if finding.level not in (WARNING, ERROR) or not _matches(finding.key, accept):
         return finding
     return replace(finding, level=ACCEPTED)
+
+
+def _matches(key: str, accept: Sequence[str]) -> bool:
+    return key in accept or any(fnmatchcase(key, pattern) for pattern in accept)
+
+
+def accept_words(findings: Iterable[Finding]) -> str:
+    """Return ``accept=[…]`` for the keys of findings, ready to be pasted into a shell; empty if there is none.
+
+    More than ``_FEW`` keys of one kind are written as one with a wildcard. Images that cannot be used are not among
+    them: a training that accepted them would stop at the first one.
+    """
+    keys = list(dict.fromkeys(finding.key for finding in findings if finding.key not in UNUSABLE))
+    kinds = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    many = {kind for kind in kinds if kind and kinds.count(kind) > _FEW}
+    short = dict.fromkeys(f"{kind}/*" if kind in many else key for key, kind in zip(keys, kinds, strict=True))
+    return shlex.quote(write_list("accept", list(short))) if short else ""
 
 
 def is_synthetic(root: str | Path) -> bool:
@@ -261,10 +311,9 @@ def require_expected(
     wrong = errors(findings)
     if wrong:
         more = f" (and {len(wrong) - 1} more: {', '.join(f.key for f in wrong[1:4])})" if len(wrong) > 1 else ""
-        keys = ",".join(finding.key for finding in wrong)
         raise DataError(
             f"{name}: {wrong[0].key}: {wrong[0].sentence}{more}; affect check dataset={name} tells more, "
-            f"'accept=[{keys}]' goes on all the same"
+            f"{accept_words(wrong)} goes on all the same"
         )
     return findings
 
@@ -277,16 +326,18 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 # ------------------------------------------------------------------------------------------------------ table
 
 
-def examine_table(table: FaceTable, group: str | None = None) -> list[Finding]:
+def examine_table(table: FaceTable, group: str | None = None, expected: Iterable[Expected] = ()) -> list[Finding]:
     """Return what a table tells of itself: skipped rows, labels, groups in two parts, duplicates.
 
     Args:
         table: The dataset as read.
         group: Column whose values never straddle two parts; None checks people alone.
+        expected: Published numbers: lost images are no error where the number of rows is known to be right.
     """
     columns = [column for column in dict.fromkeys((group, "subject")) if column is not None and column != "image"]
     return [
-        *_skipped(table),
+        *_notes(table),
+        *_skipped(table, any(_counted(table, entry) for entry in expected)),
         *_labels(table),
         *_classes(table),
         *(finding for column in columns if (finding := _groups(table, column)) is not None),
@@ -299,14 +350,32 @@ def label_columns(table: FaceTable) -> list[str]:
     return sorted(name for name in table.names - _NO_LABELS if declared_type(name) is not None)
 
 
-def _skipped(table: FaceTable) -> list[Finding]:
-    counts, names = table.metadata.get("skipped"), table.metadata.get("skipped_examples")
+def _counted(table: FaceTable, entry: Expected) -> bool:
+    """Return whether the table has the rows that were counted by others, or those of a known variant."""
+    return entry.key == "rows" and bool(entry.found) and len(table) in (entry.value, *entry.variants)
+
+
+def _notes(table: FaceTable) -> list[Finding]:
+    notes = table.metadata.get("notes")
+    return [Finding("notes", WARNING, str(note)) for note in notes] if isinstance(notes, list | tuple) else []
+
+
+def _skipped(table: FaceTable, complete: bool) -> list[Finding]:
+    given, names = table.metadata.get("skipped"), table.metadata.get("skipped_examples")
+    counts: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    lost = sum(count for reason, count in counts.items() if reason.startswith(LOST))
+    labelled = len(table) + lost
+    incomplete = not complete and lost > FEW_LOST * labelled
     found = []
-    for reason, count in counts.items() if isinstance(counts, Mapping) else ():
+    for reason, count in counts.items():
         listed = names.get(reason, ()) if isinstance(names, Mapping) else ()
         assert isinstance(listed, Sequence)
         examples = [str(name) for name in listed][:EXAMPLES]
-        found.append(Finding(f"skipped/{reason}", NOTE, f"{count:,} rows left out: {reason}", count, examples=examples))
+        level, sentence = NOTE, f"{count:,} rows left out: {reason}"
+        if incomplete and reason.startswith(LOST):
+            level = ERROR
+            sentence += f", {count / labelled:.1%} of those with labels: copy or unpack the images again"
+        found.append(Finding(f"skipped/{reason}", level, sentence, count, examples=examples))
     return found
 
 

@@ -135,7 +135,10 @@ def decode(data: np.ndarray, path: Path, reduce: int = 1) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise DataError(f"{path}: not a readable image ({len(data)} bytes); replace the file or drop its row")
+        raise DataError(
+            f"{path}: not a readable image ({len(data)} bytes); replace the file, or leave it out "
+            "(dataset.leave_out=<file>, which affect check writes)"
+        )
     return image
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,8 +146,25 @@ def test_wrong_counts_fail_until_they_are_accepted_by_name(
     assert check("report=check.json", "sheet=false", "dataset.rows=99", "accept=[rows]") == 0
     assert (report()["ok"], report()["accepted"], levels()["rows"]) == (True, ["rows"], "accepted")
     assert "accept=[rows]" in capsys.readouterr().out.replace("\n", "")
-    assert check("report=check.json", "sheet=false", "dataset.rows=99", "accept=[row]") == 2
+    Path("check.json").unlink()
+    assert check("report=check.json", "dataset.rows=99", "accept=[row]") == 2
     assert "accept=row: no finding has this key; did you mean rows" in capsys.readouterr().err
+    assert levels()["rows"] == "error", "the report is written all the same"
+    assert Path("check.png").is_file()
+
+
+@pytest.mark.parametrize("override", ["protocol.test=challenge", "protocol.folds=100", "protocol.group=camera"])
+def test_a_protocol_that_cannot_be_followed_fails(check: Callable[..., int], override: str) -> None:
+    assert check("report=check.json", "sheet=false", override) == 2
+    assert levels()["protocol"] == "error"
+    assert check("report=check.json", "sheet=false", override, "accept=[protocol]") == 0
+
+
+def test_a_part_of_the_protocol_without_rows_fails(check: Callable[..., int], tree: Path) -> None:
+    table = FaceTable.read_parquet(tree / "labels.parquet")
+    table.with_columns({"part": ["train"] * COUNT}).to_parquet(tree / "labels.parquet")
+    assert check("report=check.json", "sheet=false", "protocol.test=challenge", "protocol.train=[train]") == 2
+    assert levels()["protocol"] == "error"
 
 
 def test_a_recalled_count_only_warns_and_a_variant_is_noted(check: Callable[..., int]) -> None:
@@ -213,7 +232,7 @@ def test_a_person_in_two_parts_fails(check: Callable[..., int], tree: Path, caps
     table.with_columns({"part": part}).to_parquet(tree / "labels.parquet")
     assert check("report=check.json", "sheet=false") == 2
     assert levels()["groups/subject"] == "error"
-    assert levels()["protocol"] == "warning"
+    assert levels()["protocol"] == "error"
     assert "groups/subject" in capsys.readouterr().err
 
 
@@ -293,3 +312,131 @@ def test_without_published_numbers_a_training_is_as_before(compose: Callable[...
     config = compose("train", "dataset.count=20")
     sources = assembly.build_sources(config, None)
     assert verified(config, sources, Console(quiet=True)) == sources
+
+
+def damage(tree: Path, count: int = 2) -> list[str]:
+    """Cut ``count`` images of a tree short and return their names."""
+    names = [f"images/{k:02d}.png" for k in range(3, 3 + count)]
+    for name in names:
+        data = (tree / name).read_bytes()
+        (tree / name).write_bytes(data[: len(data) // 2])
+    return names
+
+
+def pasted(printed: str) -> list[str]:
+    """Return the words of the next command that was printed, as a shell reads them."""
+    [line] = [line for line in printed.splitlines() if line.startswith("next: ")]
+    return shlex.split(line.removeprefix("next: "))
+
+
+def test_images_that_cannot_be_used_are_left_out_by_a_list_and_trained_without(
+    check: Callable[..., int],
+    tree: Path,
+    conf: Path,
+    compose: Callable[..., DictConfig],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = damage(tree)
+    assert check("report=check.json", "sheet=false") == 2
+    error = capsys.readouterr().err
+    assert "dataset.leave_out=check_unusable.txt" in error
+    assert "accept=" not in error, "no training could honour it"
+    assert Path("check_unusable.txt").read_text().split() == names
+    assert check("report=again.json", "sheet=false", "dataset.leave_out=check_unusable.txt") == 0
+    assert (report("again.json")["rows"], report("again.json")["images"]["problems"]) == (COUNT - 2, {})
+    found = {finding["key"]: finding for finding in report("again.json")["findings"]}
+    assert found["rows"]["level"] == "note", "40 are published, and 2 are left out"
+    assert found["skipped/left out by dataset.leave_out"]["examples"] == names
+    words = pasted(capsys.readouterr().out)
+    assert "dataset.leave_out=check_unusable.txt" in words
+    monkeypatch.syspath_prepend(str(conf.parent))
+    train.run(training(compose, conf, tree, "dataset.leave_out=check_unusable.txt"))
+    results = report(tree.parent / "run" / "results.json")
+    assert results["data"]["skipped"]["left out by dataset.leave_out"] == 2
+    assert results["data"]["sources"][0]["rows"] == COUNT - 2
+
+
+def test_accepting_images_that_cannot_be_used_leads_to_a_training_without_them(
+    check: Callable[..., int],
+    tree: Path,
+    conf: Path,
+    compose: Callable[..., DictConfig],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    damage(tree)
+    assert check("report=check.json", "sheet=false", "dataset.rows=99", "accept=[rows,images/unreadable]") == 0
+    words = pasted(capsys.readouterr().out)
+    assert "accept=[rows]" in words
+    assert "dataset.leave_out=check_unusable.txt" in words
+    monkeypatch.syspath_prepend(str(conf.parent))
+    with pytest.raises(ConfigError, match=r"accept=images/unreadable: no training can read.*dataset\.leave_out="):
+        train.run(training(compose, conf, tree, "accept=[images/unreadable]"))
+
+
+def test_a_list_of_images_to_leave_out_grows_and_is_mapped(
+    check: Callable[..., int], tree: Path, conf: Path, compose: Callable[..., DictConfig]
+) -> None:
+    from affect.commands import assembly
+
+    Path("mine.txt").write_text("\ufeffimages/00.png\r\n\r\nimages/01.png\r\n", encoding="utf-8")
+    damage(tree, 1)
+    assert check("report=check.json", "sheet=false", "dataset.leave_out=mine.txt") == 2
+    assert Path("check_unusable.txt").read_text().split() == ["images/00.png", "images/01.png", "images/03.png"]
+    config = training(compose, conf, tree, "dataset.leave_out=check_unusable.txt", "paths.cache=cache")
+    first, again = (assembly.read_table(config.dataset, Path("cache")) for _ in range(2))
+    assert first.path == again.path is not None
+    assert first.strings("image")[0].tolist() == [f"images/{k:02d}.png" for k in range(COUNT) if k not in (0, 1, 3)]
+    Path("check_unusable.txt").write_text("images/07.png\n")
+    assert len(assembly.read_table(config.dataset, Path("cache"))) == COUNT - 1, "another list is another table"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("elsewhere.png\n", r"none of its 1 names is an image of the table \(e\.g\. elsewhere\.png\).*images/00\.png"),
+        ("\n", "lists no image"),
+        (None, "not a readable text file"),
+    ],
+)
+def test_a_list_that_leaves_nothing_out_is_refused(
+    check: Callable[..., int], text: str | None, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    if text is not None:
+        Path("list.txt").write_text(text)
+    assert check("sheet=false", "dataset.leave_out=list.txt") == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_what_the_reading_noted_is_a_warning(
+    check: Callable[..., int], tree: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = FaceTable.read_parquet(tree / "labels.parquet")
+    table.with_metadata(notes=["the labels of AU 9 are missing"]).to_parquet(tree / "labels.parquet")
+    assert check("report=check.json", "sheet=false") == 0
+    [found] = [finding for finding in report()["findings"] if finding["key"] == "notes"]
+    assert (found["level"], found["sentence"]) == ("warning", "the labels of AU 9 are missing")
+    assert "the labels of AU 9 are missing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_keys_with_special_characters_are_accepted_as_they_are_printed(
+    check: Callable[..., int], conf: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import affect.commands.check as command
+    from affect.data.expected import Expected
+
+    keys = ["rows", *(f"rows/part=P{k}" for k in range(5)), "labelled/valence/part=x"]
+    monkeypatch.setattr(command, "expectations", lambda node: tuple(Expected(key, 9, "the paper") for key in keys))
+    assert check("report=check.json", "sheet=false") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    [words] = re.findall(r"accept what is meant so: (.*)$", error)
+    [word] = shlex.split(words)
+    assert word == 'accept=[rows,rows/*,"labelled/valence/part=x"]'
+    assert check("report=check.json", "sheet=false", word) == 0
+    assert report()["accepted"] == keys
+    assert word in pasted(capsys.readouterr().out)
+    assert check("report=check.json", "sheet=false", "accept=rows") == 2, "one key needs no list"
+    assert levels()["rows"] == "accepted"
+    assert check("report=check.json", "sheet=false", "accept=[rate/*]") == 2
+    assert "accept=rate/*: no finding has this key" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_accepting_by_key() -> None:
     assert levels(check.accepted(findings, ["a", "b", "c"])) == {"a": ACCEPTED, "b": ACCEPTED, "c": NOTE, "d": ERROR}
     assert [f.key for f in check.errors(check.accepted(findings, ["a"]))] == ["d"]
     with pytest.raises(ConfigError, match=r"accept=rate/au12_occurence: no finding.*did you mean rate/au12"):
-        check.accepted([Finding("rate/au12_occurrence", ERROR, "")], ["rate/au12_occurence"])
+        check.require_known([Finding("rate/au12_occurrence", ERROR, "")], ["rate/au12_occurence"])
 
 
 def test_a_training_accepts_what_only_the_whole_check_finds() -> None:
@@ -219,6 +219,20 @@ def test_skipped_rows_are_told_by_reason_with_names() -> None:
     assert levels(found) == {"skipped/missing image": NOTE, "skipped/blurred": NOTE}
     assert one(found, "skipped/missing image").examples == list("abcdefghij")
     assert one(found, "skipped/missing image").measured == 12
+
+
+@pytest.mark.parametrize("reason", check.LOST)
+def test_lost_images_are_an_error_where_no_count_says_that_all_are_there(reason: str) -> None:
+    def level(lost: int, *expected: Expected) -> str:
+        metadata = {"skipped": {f"{reason} …": lost, "blurred": 500}, "skipped_examples": {}}
+        faces = table(metadata=metadata, valence=[0.5] * 99)
+        return one(check.examine_table(faces, expected=expected), f"skipped/{reason} …").level
+
+    assert [level(lost) for lost in (1, 2, 900)] == [NOTE, ERROR, ERROR], "1 of 100, 2 of 101"
+    assert level(2, Expected("rows", 101, "recalled", found=False)) == ERROR
+    assert level(2, Expected("rows", 101, "counted")) == ERROR
+    assert level(2, Expected("rows", 101, "counted", variants={99: "of somebody"})) == NOTE
+    assert level(2, Expected("rows", 99, "counted")) == NOTE
 
 
 def test_rows_without_labels() -> None:
