@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from affect.encoders import TimmEncoder, read_state_dict
 from affect.errors import CheckpointError, ConfigError, near
 from affect.models.tokens import grid_of
+from affect.models.vggface import IDENTITIES, VGGFaceEncoder, read_vggface
 
 Pooling = Literal["flatten", "average"]
 Reads = Literal["maps", "penultimate", "probabilities"]
@@ -77,8 +78,8 @@ class ExogenousStream(nn.Module):
     Args:
         encoder: Backbone with ``output=map``, as in the exogenous run.
         classes: Number of classes of the exogenous variable.
-        weights: Folder of an exogenous run or of its release, or a file with its tensors; None for a model that is
-            loaded from its own release.
+        weights: Folder of an exogenous run or of its release, or a file with its tensors; with the encoder of VGGFace
+            also the file of its release, whose fc6 to fc8 are phi. None for a model loaded from its own release.
         pooling: As in the exogenous run.
         hidden: As in the exogenous run.
         random: Control: keep the weights that encoder and head are built with, random ones unless the encoder is
@@ -120,7 +121,11 @@ class ExogenousStream(nn.Module):
     def _load(self, given: Path) -> None:
         what = f"model.exogenous.weights={given}"
         path = find_tensors(given, what)
-        state = read_state_dict(path)
+        released = path.suffix in (".mat", ".caffemodel")
+        state = {} if released else read_state_dict(path)
+        if isinstance(self.encoder, VGGFaceEncoder) and not any(key.startswith("phi.") for key in state):
+            self._load_vggface(path, what)
+            return
         found = {part: _below(state, part) for part in ("encoder", "phi")}
         if not all(found.values()):
             raise CheckpointError(
@@ -148,6 +153,30 @@ class ExogenousStream(nn.Module):
             self.encoder.load_state_dict(found["encoder"])
             self.head.load_state_dict(found["phi"])
             self.encoder.origin = self.origin
+
+    def _load_vggface(self, path: Path, what: str) -> None:
+        """Take the identity classifier of VGGFace, fc6 to fc8, as phi: no exogenous run is needed."""
+        delivered, _ = read_vggface(path)
+        last = self.encoder.model.features[28].weight  # type: ignore[index, union-attr]
+        if not torch.equal(last, delivered["conv5_3.weight"]):
+            raise ConfigError(f"{what}: encoder.weights has to be the same file, whose convolutions phi reads")
+        if self.head.classes != len(delivered["fc8.bias"]):
+            raise ConfigError(f"model.exogenous.classes={self.head.classes}: VGGFace tells {IDENTITIES} people apart")
+        layers = {"layers.0": "fc6", "layers.2": "fc7", "output": "fc8"}
+        state = {f"{ours}.weight": delivered[f"{theirs}.weight"].flatten(1) for ours, theirs in layers.items()}
+        state |= {f"{ours}.bias": delivered[f"{theirs}.bias"] for ours, theirs in layers.items()}
+        own = self.head.state_dict()
+        if set(own) != set(state) or any(own[key].shape != state[key].shape for key in own):
+            raise ConfigError(
+                f"{what}: phi of VGGFace needs encoder.image_size=224, model.exogenous.pooling=flatten and "
+                "model.exogenous.hidden=[4096,4096]"
+            )
+        self.loaded, self.origin = dict(self.encoder.state_dict()), self.encoder.origin
+        if self.random:
+            raise ConfigError(
+                "model.exogenous.random=true: VGGFace's convolutions are not random; take another encoder"
+            )
+        self.head.load_state_dict(state)
 
     def _check_labels(self, path: Path, what: str) -> None:
         labels = path.with_name("labels.json")

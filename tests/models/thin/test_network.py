@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from affect.errors import CheckpointError, ConfigError
+from affect.models.thin import network
 from affect.models.thin.loss import absolute_cosine
 from affect.models.thin.network import ExogenousHead, Experts, mix
 from affect.models.thin.probes import linear_probe, mlp_probe, mutual_information
+from affect.models.vggface import VGGFaceEncoder
 from tests.models.thin.parts import encoder, exogenous_run, make_batch, stream
 
 
@@ -161,6 +163,56 @@ class TestStream:
         (run / "release" / "preprocess.json").write_text(json.dumps({"mean": [0.1] * 3}))
         with pytest.raises(ConfigError, match="trained with mean"):
             stream(run)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The encoder at an image size whose map is one position, and small layers in place of fc6 to fc8."""
+    backbone = VGGFaceEncoder(pretrained=False, image_size=32, output="map")
+    sizes = {"fc6": (16, 512, 1, 1), "fc7": (12, 16, 1, 1), "fc8": (20, 12, 1, 1)}
+    torch.manual_seed(0)
+    state = {f"{name}.weight": torch.randn(shape) * 0.1 for name, shape in sizes.items()}
+    state |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in sizes.items()}
+    state["conv5_3.weight"] = backbone.model.features[28].weight.detach().clone()
+    return backbone, state
+
+
+class TestVGGFace:
+    def make(self, parts, tmp_path, monkeypatch, **arguments):
+        backbone, state = parts
+        monkeypatch.setattr(network, "read_vggface", lambda path: (state, "BGR"))
+        (tmp_path / "vgg_face.mat").touch()
+        given = {"classes": 20, "hidden": [16, 12], **arguments}
+        return network.ExogenousStream(backbone, weights=str(tmp_path / "vgg_face.mat"), **given)
+
+    def test_its_identity_layers_are_phi(self, parts, tmp_path, monkeypatch):
+        found, state = self.make(parts, tmp_path, monkeypatch), parts[1]
+        grid = torch.randn(3, 512, 1, 1)
+        x = grid.flatten(1)
+        for name in ("fc6", "fc7"):
+            x = F.linear(x, state[f"{name}.weight"].flatten(1), state[f"{name}.bias"]).relu()
+        torch.testing.assert_close(found.head.penultimate(grid), x)
+        wanted = F.linear(x, state["fc8.weight"].flatten(1), state["fc8.bias"])
+        torch.testing.assert_close(found.head(grid), wanted)
+        assert found.loaded
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"classes": 7}, "tells 2622 people apart"),
+            ({"hidden": [16]}, r"hidden=\[4096,4096\]"),
+            ({"random": True}, "are not random"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, parts, tmp_path, monkeypatch, arguments, message):
+        with pytest.raises(ConfigError, match=message):
+            self.make(parts, tmp_path, monkeypatch, **arguments)
+
+    def test_another_file_than_the_encoders(self, parts, tmp_path, monkeypatch):
+        backbone, state = parts
+        with pytest.raises(ConfigError, match="has to be the same file"):
+            self.make((backbone, state | {"conv5_3.weight": torch.zeros(1)}), tmp_path, monkeypatch)
 
 
 class TestProbes:
