@@ -43,7 +43,7 @@ from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
 from affect.data.layouts import facs
-from affect.data.layouts.common import Dressed, Reading, write_image
+from affect.data.layouts.common import Dressed, Reading, write_images
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
 
@@ -234,7 +234,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
     """
     root = Path(root)
     facs.write_coding(table, root, range(1, 100))
-    facs.write_images(table, images or FileImages(table), lambda name, image: write_image(root / name, image))
+    write_images(table, root, images or FileImages(table))
 
 
 def dress(faces: FaceTable) -> Dressed:

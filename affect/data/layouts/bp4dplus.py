@@ -42,7 +42,7 @@ from affect.data.archives import SEPARATOR, ZipImages, split_member
 from affect.data.expected import Expected
 from affect.data.images import ImageReader
 from affect.data.layouts import bp4d, facs
-from affect.data.layouts.common import Dressed, Reading, by_number, write_image
+from affect.data.layouts.common import Dressed, Reading, by_number, pictures, write_images
 from affect.data.table import FaceTable
 from affect.errors import DataError
 
@@ -214,11 +214,10 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
             plain.append(row)
         else:
             packed.setdefault(archive, []).append(row)
-    facs.write_images(table, reader, lambda name, image: write_image(root / name, image), np.array(plain, np.int64))
+    write_images(table, root, reader, np.array(plain, np.int64))
     for archive, rows in packed.items():
-        members: dict[str, np.ndarray] = {}
-        facs.write_images(table, reader, members.__setitem__, np.array(rows, np.int64))
-        facs.write_zip(root / archive, {name.partition(SEPARATOR)[2]: image for name, image in members.items()})
+        members = pictures(table, reader, np.array(rows, np.int64))
+        facs.write_zip(root / archive, {name.partition(SEPARATOR)[2]: image for name, image in members})
 
 
 def dress(faces: FaceTable) -> Dressed:

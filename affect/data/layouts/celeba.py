@@ -48,7 +48,7 @@ import pyarrow.csv as pa_csv
 from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
-from affect.data.layouts.common import Dressed, Reading, number_of, write_image, write_lines
+from affect.data.layouts.common import Dressed, Reading, number_of, write_images, write_lines
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError, near
 
@@ -319,8 +319,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
         boxes, known = table.numbers("box")
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
         _write_counted(root / _BOXES, names, "image_id " + " ".join(_BOX), np.where(known[:, None], boxes, 0))
-    for row, path in enumerate(paths):
-        write_image(root / path, reader.read(np.array([row]))[0])
+    write_images(table, root, reader)
 
 
 def _number(part: str, name: str) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ import pyarrow.csv as pa_csv
 
 from affect.data.images import ImageReader
 from affect.data.table import JSON, ColumnLike, FaceTable
-from affect.errors import DataError
+from affect.errors import ConfigError, DataError, near
 from affect.files import replacing
 
 _TOGETHER = 64
@@ -33,6 +33,9 @@ _EVERY_FILE = "/*"
 
 EXAMPLES = 10
 """How many names are kept of what was left out, per reason."""
+
+BOXES = ("points", "detector")
+"""Where the boxes of sets with points come from: tight around the true points, or delivered as a detector's."""
 
 NUMBERED = re.compile(r"(\d+)\.(?:jpe?g|png|bmp|tiff?)", re.IGNORECASE)
 """File name of a numbered image; its number is group 1."""
@@ -349,6 +352,12 @@ def _fast_numbers(text: str, fields: int, skip: int, separator: str) -> np.ndarr
     return values if np.isfinite(values).all() else None
 
 
+def require_box(box: str) -> None:
+    """Raise ``ConfigError`` if nobody draws boxes like that."""
+    if box not in BOXES:
+        raise ConfigError(f"dataset.box={box}: unknown; {near(str(box), BOXES)}")
+
+
 def box_around(points: np.ndarray, enlarge: float = 0.0) -> np.ndarray:
     """Return the boxes x1 y1 x2 y2 ``(N, 4)`` around points, as annotators and detectors draw them.
 
@@ -416,16 +425,22 @@ def write_image(path: Path, image: np.ndarray) -> None:
     write_bytes(path, encode_image(image, path.suffix))
 
 
-def write_images(table: FaceTable, root: Path, images: ImageReader) -> None:
-    """Write the pictures of all rows under the names in the column ``image``, a few at a time.
+def pictures(table: FaceTable, images: ImageReader, rows: np.ndarray | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and picture of each of ``rows`` (None: all), in their order, read a few at a time."""
+    rows = np.arange(len(table)) if rows is None else rows
+    for start in range(0, len(rows), _TOGETHER):
+        block = rows[start : start + _TOGETHER]
+        yield from zip(table.strings("image", block)[0], images.read(block), strict=True)
+
+
+def write_images(table: FaceTable, root: Path, images: ImageReader, rows: np.ndarray | None = None) -> None:
+    """Write the pictures of ``rows`` (None: all) under the names in the column ``image``.
 
     Args:
         table: Table whose rows are written.
         root: Folder that the names are relative to.
         images: Reader of the rows' pictures.
+        rows: Rows of the table ``(N,)``.
     """
-    for start in range(0, len(table), _TOGETHER):
-        rows = np.arange(start, min(start + _TOGETHER, len(table)))
-        names = table.strings("image", rows)[0]
-        for name, image in zip(names, images.read(rows), strict=True):
-            write_image(root / name, image)
+    for name, image in pictures(table, images, rows):
+        write_image(root / name, image)

@@ -46,7 +46,15 @@ from affect.data.archives import SEPARATOR, VideoImages, split_member
 from affect.data.expected import Expected
 from affect.data.images import ImageReader
 from affect.data.layouts import facs
-from affect.data.layouts.common import Dressed, Reading, encode_matrices, write_bytes, write_image, write_lines
+from affect.data.layouts.common import (
+    Dressed,
+    Reading,
+    encode_matrices,
+    pictures,
+    write_bytes,
+    write_images,
+    write_lines,
+)
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
 from affect.files import replacing
@@ -198,19 +206,11 @@ def _labels(reading: Reading, subject: str, threshold: int) -> tuple[np.ndarray,
                 raise DataError(f"{reading.root / folder}: {other} and {match[0]} are the same action unit; remove one")
             files[int(match[1])] = match[0]
     coded = {au: facs.read_intensity(reading, f"{folder}/{name}", missing=()) for au, name in sorted(files.items())}
-    frames = np.unique(np.concatenate([np.empty(0, np.int64), *(own for own, _ in coded.values())]))
-    cells: dict[str, facs.Cells] = {}
     lacking = [au for au in UNITS if au not in coded]
     if lacking:
         named = ", ".join(map(str, lacking))
         reading.note(f"{subject} has no label file of AU {named}: these labels are missing (null), not zero")
-    for au, (own, values) in coded.items():
-        intensity = facs.spread(frames, own, values)
-        cells[labels.intensity_column(au)] = intensity
-        cells[labels.occurrence_column(au)] = facs.occurrence(intensity, threshold)
-    if any(len(own) != len(frames) for own, _ in coded.values()):
-        reading.note("some label files lack frames that others of the same person have: missing (null) there")
-    return frames, cells
+    return facs.coded_intensities(reading, coded, threshold, "person")
 
 
 # ------------------------------------------------------------------------------------------------------- pixels
@@ -381,7 +381,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
             plain.append(row)
         else:
             videos.setdefault(archive, []).append(row)
-    facs.write_images(table, reader, lambda name, image: write_image(root / name, image), np.array(plain, np.int64))
+    write_images(table, root, reader, np.array(plain, np.int64))
     for archive, shown in videos.items():
         ordered = np.array(shown, np.int64)[np.argsort(numbers[shown], kind="stable")]
         write_video(root / archive, numbers[ordered], table, reader, ordered)
@@ -408,31 +408,26 @@ def write_video(path: Path, frames: np.ndarray, table: FaceTable, images: ImageR
     Raises:
         DataError: If images differ in size, or OpenCV cannot write this file.
     """
-    place = dict(zip(table.strings("image", rows)[0], frames.tolist(), strict=True))
     with replacing(path) as part:
         writer: cv2.VideoWriter | None = None
         size, written = (0, 0), 0
-
-        def append(name: str, image: np.ndarray) -> None:
-            nonlocal writer, size, written
-            if writer is None:
-                size = image.shape[1], image.shape[0]
-                code = cv2.VideoWriter.fourcc(*"MJPG")
-                # OpenCV's own writer of this format: frame by frame, the same on every system.
-                quality = [cv2.VIDEOWRITER_PROP_QUALITY, 95]
-                writer = cv2.VideoWriter(str(part), cv2.CAP_OPENCV_MJPEG, code, _RATE, size, quality)
-                if not writer.isOpened():
-                    raise DataError(f"{path}: OpenCV cannot write this video; its name should end in .avi")
-            if (image.shape[1], image.shape[0]) != size:
-                raise DataError(f"{path}: images of a video have one size, found {size} and {image.shape[1::-1]}")
-            while written < place[name] - 1:
-                writer.write(np.zeros_like(image))
-                written += 1
-            writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-            written += 1
-
         try:
-            facs.write_images(table, images, append, rows)
+            for frame, (_, image) in zip(frames.tolist(), pictures(table, images, rows), strict=True):
+                if writer is None:
+                    size = image.shape[1], image.shape[0]
+                    code = cv2.VideoWriter.fourcc(*"MJPG")
+                    # OpenCV's own writer of this format: frame by frame, the same on every system.
+                    quality = [cv2.VIDEOWRITER_PROP_QUALITY, 95]
+                    writer = cv2.VideoWriter(str(part), cv2.CAP_OPENCV_MJPEG, code, _RATE, size, quality)
+                    if not writer.isOpened():
+                        raise DataError(f"{path}: OpenCV cannot write this video; its name should end in .avi")
+                if (image.shape[1], image.shape[0]) != size:
+                    raise DataError(f"{path}: images of a video have one size, found {size} and {image.shape[1::-1]}")
+                while written < frame - 1:
+                    writer.write(np.zeros_like(image))
+                    written += 1
+                writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+                written += 1
         finally:
             if writer is not None:
                 writer.release()

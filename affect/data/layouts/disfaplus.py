@@ -35,7 +35,7 @@ from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
 from affect.data.layouts import disfa, facs
-from affect.data.layouts.common import EXAMPLES, Dressed, Reading, write_image, write_lines
+from affect.data.layouts.common import EXAMPLES, Dressed, Reading, write_images, write_lines
 from affect.data.table import FaceTable
 from affect.errors import DataError
 
@@ -121,15 +121,7 @@ def _files(reading: Reading, folder: str) -> dict[int, str]:
 def _labels(reading: Reading, files: Mapping[int, str], threshold: int) -> tuple[np.ndarray, dict[str, facs.Cells]]:
     """Return the frames of a trial that any file labels ``(N,)``, and the labels by column."""
     coded = {au: _intensity(reading, path) for au, path in sorted(files.items())}
-    frames = np.unique(np.concatenate([own for own, _ in coded.values()]))
-    cells: dict[str, facs.Cells] = {}
-    for au, (own, values) in coded.items():
-        intensity = facs.spread(frames, own, values)
-        cells[labels.intensity_column(au)] = intensity
-        cells[labels.occurrence_column(au)] = facs.occurrence(intensity, threshold)
-    if any(len(own) != len(frames) for own, _ in coded.values()):
-        reading.note("some label files lack frames that others of the same trial have: missing (null) there")
-    return frames, cells
+    return facs.coded_intensities(reading, coded, threshold, "trial")
 
 
 def _intensity(reading: Reading, path: str) -> tuple[np.ndarray, facs.Cells]:
@@ -173,7 +165,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
             if lines:
                 comments = [f"# intensity of AU{au}, 0 to 5", "# image     intensity"]
                 write_lines(root / _LABELS / sequence / f"AU{au}.txt", [*comments, *lines])
-    facs.write_images(table, images or FileImages(table), lambda name, image: write_image(root / name, image))
+    write_images(table, root, images or FileImages(table))
 
 
 def dress(faces: FaceTable, aligned: bool = False) -> Dressed:

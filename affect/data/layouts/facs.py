@@ -8,7 +8,7 @@ these are read and written here; the two DISFA sets share how occurrence follows
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 
 from affect import labels
-from affect.data.images import ImageReader
 from affect.data.layouts.common import Reading, encode_image, encode_matrices, write_bytes, write_lines
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import DataError
@@ -38,7 +37,6 @@ OCCLUSION = 99
 LABEL_SOURCE = "FACS coding by people"
 
 _NUMBER = re.compile(r"(?:AU)?0*(\d+)", re.IGNORECASE)
-_BLOCK = 64
 
 
 class Sequences:
@@ -233,6 +231,28 @@ def occurrence(intensity: Cells, threshold: int) -> Cells:
     return (values >= threshold).astype(np.float32), valid
 
 
+def coded_intensities(
+    reading: Reading, coded: Mapping[int, tuple[np.ndarray, Cells]], threshold: int, whole: str
+) -> tuple[np.ndarray, dict[str, Cells]]:
+    """Return the frames that any label file has ``(N,)``, and intensity and occurrence by column.
+
+    Args:
+        reading: Where files that lack frames are noted.
+        coded: Frames and intensities of the files, by action unit.
+        threshold: Intensity from which an action unit occurs.
+        whole: What the files are of, for the note.
+    """
+    frames = np.unique(np.concatenate([np.empty(0, np.int64), *(own for own, _ in coded.values())]))
+    cells: dict[str, Cells] = {}
+    for au, (own, values) in coded.items():
+        intensity = spread(frames, own, values)
+        cells[labels.intensity_column(au)] = intensity
+        cells[labels.occurrence_column(au)] = occurrence(intensity, threshold)
+    if any(len(own) != len(frames) for own, _ in coded.values()):
+        reading.note(f"some label files lack frames that others of the same {whole} have: missing (null) there")
+    return frames, cells
+
+
 def action_units(table: FaceTable, kind: str) -> list[int]:
     """Return the action units that a table has columns of, sorted; ``kind`` is ``occurrence`` or ``intensity``."""
     found = (re.fullmatch(rf"au(\d\d)_{kind}", name) for name in table.names)
@@ -422,17 +442,6 @@ def points_49(faces: FaceTable) -> Cells:
 
 
 # ------------------------------------------------------------------------------------------------------ writing
-
-
-def write_images(
-    table: FaceTable, images: ImageReader, save: Callable[[str, np.ndarray], None], rows: np.ndarray | None = None
-) -> None:
-    """Hand the image of each of ``rows`` (None: all) to ``save`` with its path, in their order, a few at a time."""
-    rows = np.arange(len(table)) if rows is None else rows
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK]
-        for name, image in zip(table.strings("image", block)[0], images.read(block), strict=True):
-            save(name, image)
 
 
 def write_zip(path: Path, members: Mapping[str, np.ndarray]) -> None:

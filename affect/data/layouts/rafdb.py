@@ -54,7 +54,7 @@ import pyarrow as pa
 from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
-from affect.data.layouts.common import Dressed, Reading, number_of, write_image, write_lines
+from affect.data.layouts.common import Dressed, Reading, number_of, write_images, write_lines
 from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, DataError, near
 
@@ -301,8 +301,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
         for row in np.flatnonzero(known):
             path = root / subset / "Annotation" / "boundingbox" / f"{stems[row]}_boundingbox.txt"
             write_lines(path, [" ".join(f"{value:.4f}" for value in boxes[row])])
-    for k, name in enumerate(names):
-        write_image(root / name, reader.read(np.array([k]))[0])
+    write_images(table, root, reader)
 
 
 def _write_manual(table: FaceTable, folder: Path, stems: list[str]) -> None:

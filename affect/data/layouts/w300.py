@@ -47,12 +47,13 @@ from affect.data.layouts.common import (
     box_around,
     encode_matrices,
     number_of,
+    require_box,
     write_bytes,
-    write_image,
+    write_images,
     write_lines,
 )
 from affect.data.table import FaceTable
-from affect.errors import ConfigError, DataError, near
+from affect.errors import DataError
 
 __all__ = ["dress", "expected", "read", "write"]
 
@@ -68,7 +69,6 @@ COLLECTIONS = {
 }
 """Part and number of images of each folder, in the order of rows."""
 
-BOXES = ("points", "detector")
 POINTS = 68
 LIMIT = 1e5
 """Coordinates beyond this many pixels are damage."""
@@ -92,7 +92,7 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
         DataError: If a file is damaged, with its line.
         ConfigError: If ``box`` is unknown.
     """
-    _check(box)
+    require_box(box)
     reading = Reading(root, "300w", _as_spelled(Path(root).expanduser()))
     rows: list[tuple[str, str, str]] = []
     points: list[np.ndarray] = []
@@ -128,11 +128,6 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
         },
         label_source=_SOURCE,
     )
-
-
-def _check(box: str) -> None:
-    if box not in BOXES:
-        raise ConfigError(f"dataset.box={box}: unknown; {near(str(box), BOXES)}")
 
 
 def _plain(collection: str) -> str:
@@ -249,15 +244,15 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None,
     Raises:
         DataError: If a row has no points: the format cannot say so.
     """
-    _check(box)
+    require_box(box)
     root = Path(root)
     images = FileImages(table) if images is None else images
     names, collections = table.strings("image")[0], table.strings("collection")[0]
     points, known = table.numbers("landmarks_68")
     if not known.all():
         raise DataError(f"row {int(np.argmin(known))} has no points; .pts files cannot leave them out")
+    write_images(table, root, images)
     for row, name in enumerate(names):
-        write_image(root / name, images.read(np.array([row]))[0])
         pairs = (f"{x + 1:.6f} {y + 1:.6f}" for x, y in points[row].astype(np.float64).reshape(-1, 2))
         write_lines((root / name).with_suffix(".pts"), ["version: 1", f"n_points:  {POINTS}", "{", *pairs, "}"])
     if box == "detector":
@@ -308,7 +303,7 @@ def dress(faces: FaceTable, box: str = "points") -> Dressed:
         faces: Built-in faces.
         box: ``points`` or ``detector``, as for ``read``; the box of the drawn face stands for a detector's.
     """
-    _check(box)
+    require_box(box)
     points, known = faces.numbers("landmarks_68")
     usable = np.flatnonzero(known)
     people = faces.codes("subject")[0][usable] if "subject" in faces.names else np.arange(len(usable))

@@ -37,9 +37,17 @@ import numpy as np
 from affect import labels
 from affect.data.expected import Expected
 from affect.data.images import FileImages, ImageReader
-from affect.data.layouts.common import Dressed, Reading, box_around, number_of, write_image, write_lines
+from affect.data.layouts.common import (
+    Dressed,
+    Reading,
+    box_around,
+    number_of,
+    require_box,
+    write_images,
+    write_lines,
+)
 from affect.data.table import FaceTable
-from affect.errors import ConfigError, DataError, near
+from affect.errors import DataError
 
 __all__ = ["dress", "expected", "read", "write"]
 
@@ -53,7 +61,6 @@ FLAGS = {
 }
 """Attributes in the order of the lists: ending of the subset's file, and its number of test faces."""
 
-BOXES = ("points", "detector")
 POINTS = 98
 LIMIT = 1e5
 """Coordinates beyond this many pixels are damage."""
@@ -93,7 +100,7 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
         DataError: If a list is missing or damaged, with its line.
         ConfigError: If ``box`` is unknown.
     """
-    _check(box)
+    require_box(box)
     reading = Reading(root, "wflw", ("WFLW_annotations", "WFLW_images"))
     train = _read_list(reading, f"{_LISTS}/list_98pt_rect_attr_train.txt")
     test = _read_test(reading)
@@ -120,11 +127,6 @@ def read(root: str | Path, box: str = "points", enlarge: float = 0.0) -> FaceTab
         },
         label_source=_SOURCE,
     )
-
-
-def _check(box: str) -> None:
-    if box not in BOXES:
-        raise ConfigError(f"dataset.box={box}: unknown; {near(str(box), BOXES)}")
 
 
 def _read_test(reading: Reading) -> _List:
@@ -250,8 +252,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None)
     for (ending, _), values in zip(FLAGS.values(), flags, strict=True):
         lines = [short[row] for row in tested if values[row]]
         write_lines(root / _SUBSETS / f"list_98pt_test_{ending}.txt", lines)
-    for row in np.sort(np.unique(names.astype(str), return_index=True)[1]):
-        write_image(root / names[row], images.read(np.array([row]))[0])
+    write_images(table, root, images, np.sort(np.unique(names.astype(str), return_index=True)[1]))
 
 
 _EVENTS = ("0--Parade", "11--Meeting", "37--Soccer", "50--Celebration_Or_Party")
