@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from affect.commands.prepared import stored_recipes
 from affect.data import faces
 from affect.data.archives import ShardImages
 from affect.data.faces import FaceDials, FaceImages
+from affect.data.images import read_image
 from affect.data.layouts.common import write_image
 from affect.data.table import FaceTable
 from affect.errors import ConfigError
@@ -135,11 +137,32 @@ def test_labels_that_changed_after_preparing_are_read_again(delivered, tmp_path)
     assert not source.table.numbers("au12_occurrence")[0].any()
     changed = table.with_columns({"au12_occurrence": np.ones(12)})
     FaceTable(changed.arrow, delivered, {}).save(tmp_path / "mine.arrow")
-    with pytest.raises(ConfigError, match=r"mine.arrow was changed after table was prepared; run: affect prepare"):
+    with pytest.raises(ConfigError, match=r"mine.arrow is not what was prepared from .*; run: affect prepare"):
         sources(*keys)
     assert main(["prepare", *keys, "workers=0"]) == 0
     (source,) = sources(*keys)
     assert source.table.numbers("au12_occurrence")[0].all()
+
+
+def test_crops_of_one_delivery_are_not_taken_for_those_of_another(tmp_path):
+    assert main(["synthesize", "layout=disfaplus", "dataset.count=16", "out=one"]) == 0
+    shutil.copytree("one", "two")  # with the times of the files: the same delivery in another place
+    keys = ["dataset=disfaplus", "prepare=landmarks_only", "prepare.provider=annotations"]
+    assert main(["prepare", *keys, "dataset.root=one", "workers=0"]) == 0
+    (first,) = sources(*keys, "dataset.root=two")
+    before = first.images.read(np.arange(len(first.table)))
+    for path in (tmp_path / "two").rglob("*.jpg"):
+        write_image(path, 255 - read_image(path))
+    with pytest.raises(ConfigError, match=r"two/Images/.* is not what was prepared from .*one; run: affect prepare .*two"):
+        sources(*keys, "dataset.root=two")
+    assert main(["prepare", *keys, "dataset.root=two", "workers=0"]) == 0
+    (second,) = sources(*keys, "dataset.root=two")
+    for image, other in zip(second.images.read(np.arange(len(before))), before, strict=True):
+        assert np.abs(image.astype(int) - (255 - other)).mean() < 8
+    with pytest.raises(ConfigError, match="one/.* is not what was prepared from .*two"):
+        sources(*keys, "dataset.root=one")
+    (tmp_path / "one").rename(tmp_path / "gone")
+    assert len(sources(*keys, "dataset.root=one")[0].table) == len(before)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("facenet_pytorch") is not None, reason="the package is installed")
