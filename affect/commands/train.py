@@ -40,9 +40,9 @@ from affect.commands.starting_point import apply_starting_point
 from affect.data.datamodule import FaceDataModule
 from affect.data.dataset import read_points
 from affect.data.images import Source
-from affect.data.protocol import SELECTIONS, TEST, TRAIN, VALIDATION
+from affect.data.protocol import SELECTIONS, TEST, TRAIN, VALIDATION, known_people
 from affect.data.table import FaceTable
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError, DataError, near
 from affect.models.base import AffectModule, Batch
 from affect.release import build_tasks, read_release, with_statistics, write_release
 from affect.report import (
@@ -166,6 +166,39 @@ def check_columns(config: DictConfig, sources: list[Source]) -> None:
                 raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, source.table.names)}")
 
 
+def people_of_init(config: DictConfig) -> dict[str, list[str]]:
+    """Return who trained or selected the weights that a run starts from, and those that these started from."""
+    return read_release(Path(config.init).expanduser(), list(config.trust), "init").people if config.init else {}
+
+
+def init_leaks(config: DictConfig, datamodule: FaceDataModule, before: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return sentences on people of the test part that ``init`` has seen, if ``protocol.allow_leak`` lets them pass.
+
+    Args:
+        config: Config of the run.
+        datamodule: Its data.
+        before: What ``people_of_init`` returned.
+
+    Raises:
+        DataError: If there are some and it does not.
+    """
+    # All rows, also of a smoke run on a few of them: it is there to tell whether the whole run would do.
+    rows = [division.rows[TEST] for division in datamodule.divisions]
+    leaks = [f"init={config.init}: {leak}" for leak in known_people(datamodule.sources, rows, before)]
+    if leaks and not datamodule.protocol.allow_leak:
+        raise DataError(
+            f"{'; '.join(leaks)}; start from other weights, test on other people, leave these out (protocol.keep), or "
+            "let protocol.allow_leak=true mark every number"
+        )
+    return leaks
+
+
+def join_people(*known: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the names of several lists of people, sorted, by name space of identities."""
+    spaces = sorted({space for people in known for space in people})
+    return {space: sorted({name for people in known for name in people.get(space, ())}) for space in spaces}
+
+
 def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
     """Refuse ``thresholds=tuned`` where nothing could be tuned, or no row is there to tune on."""
     if config.thresholds != decisions.TUNED:
@@ -256,6 +289,8 @@ def _train(
     inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, datamodule.part_rows(TEST))
     summary = datamodule.summary()
     summary["notes"] += [*left_out, *protocol_notes(config, summary)]
+    before = people_of_init(config)
+    summary["leaks"] = [*summary["leaks"], *init_leaks(config, datamodule, before)]
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
     check_monitor(config, module)
@@ -284,7 +319,8 @@ def _train(
     selection = select_weights(config, trainer, module, history, output)
     if chosen is not None:
         selection |= chosen
-    results = finish(config, bound, datamodule, module, history, selection, summary, output, headline)
+    people = join_people(before, datamodule.people())
+    results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
     figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
@@ -420,6 +456,7 @@ def finish(
     summary: dict[str, Any],
     output: Path,
     headline: Mapping[str, Sequence[tuple[str, str]]],
+    people: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Predict validation and test part, evaluate the tables, write predictions and the release, return results."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
@@ -473,7 +510,6 @@ def finish(
         "smoothing": window,
     }
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
-    people = datamodule.people()
     plain = OmegaConf.to_container(bound, resolve=True)
     results: dict[str, Any] = {
         "name": config.name,

@@ -323,6 +323,30 @@ def test_the_runs_own_test_part_is_evaluated_alike_and_another_part_is_refused(r
         evaluate.run(evaluation(refit, tmp_path / "out", "+protocol.test=P1"))
 
 
+def test_people_of_the_initial_weights_are_no_test_and_stay_known(
+    refit: Path, tmp_path: Path, no_figures: None
+) -> None:
+    parts = {"SN003": "P3", "SN020": "P1", "SN021": "P1", "SN022": "P2"}
+    plus = write_faces(tmp_path / "plus", "disfa", list(parts), parts)
+    run, started = tmp_path / "run", f"init={refit}"
+    short = ("trainer.max_epochs=1", "bootstrap.resamples=0")
+    with pytest.raises(DataError, match=r"init=.*trained on 1 people of disfa among these rows: SN003; .*allow_leak"):
+        train.run(config(plus, run, started, *short))
+    assert not (run / "last.ckpt").exists()
+    train.run(config(plus, run, started, *short, "protocol.allow_leak=true"))
+    assert ["SN003" in leak for leak in results(run)["data"]["leaks"]] == [True]
+
+    parts = {"SN012": "P3", "SN020": "P1", "SN021": "P1", "SN022": "P2"}
+    other = write_faces(tmp_path / "other", "disfa", list(parts), parts)
+    train.run(config(other, tmp_path / "second", started, *short))
+    known = sorted({*results(refit)["people"]["disfa"], "SN020", "SN021", "SN022"})
+    assert results(tmp_path / "second")["people"] == {"disfa": known}
+    assert results(tmp_path / "second")["data"]["leaks"] == []
+    third = config(plus, tmp_path / "third", f"init={tmp_path / 'second'}", *short)
+    with pytest.raises(DataError, match="trained on 1 people of disfa among these rows: SN003"):
+        train.run(third)
+
+
 def test_a_training_on_two_sets_of_the_same_people_stops_with_the_names(table: Path, tmp_path: Path) -> None:
     plus = write_faces(tmp_path / "plus", "disfa", ["SN001", "SN011"], {})
     several = [
