@@ -199,6 +199,27 @@ def join_people(*known: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {space: sorted({name for people in known for name in people.get(space, ())}) for space in spaces}
 
 
+def check_coded(datamodule: FaceDataModule) -> None:
+    """Refuse yes-or-no outputs that no table codes: an action unit by number, an attribute by name.
+
+    Raises:
+        ConfigError: With the first of them and what there is.
+    """
+    names = frozenset().union(*(source.table.names for source in datamodule.sources))
+    for name, task in datamodule.tasks.items():
+        if not task.flags:
+            continue
+        there = task.columns(names)
+        pairs = list(zip(task.outputs, task.wanted(), strict=True))
+        missing = [output for output, column in pairs if column not in there]
+        if missing:
+            known = ", ".join(output for output, column in pairs if column in there)
+            sets = " and ".join(source.name for source in datamodule.sources)
+            raise ConfigError(
+                f"task {name}: {sets} has no label of {', '.join(missing)}; of those asked for it has {known}"
+            )
+
+
 def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
     """Refuse ``thresholds=tuned`` where nothing could be tuned, or no row is there to tune on."""
     if config.thresholds != decisions.TUNED:
@@ -283,6 +304,7 @@ def _train(
     leave_out_classes(datamodule)
     datamodule.setup("fit")
     check_columns(config, sources)
+    check_coded(datamodule)
     check_tuning(config, datamodule)
     headline, left_out = inference.resolve_headline(datamodule.protocol.headline, tasks)
     inference.require_subset_columns(sources, datamodule.protocol.subsets or {})

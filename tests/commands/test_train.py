@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -269,6 +270,10 @@ def test_the_default_folder_names_experiment_dataset_part_and_seed(compose: Call
     assert config.paths.output == str(output)
 
 
+_NEVER = ("dataset.dials.au_source=independent", "dataset.dials.au_rates=0.0")
+_NEUTRAL = ("dataset.dials.expression_rates=[1,0,0,0,0,0,0,0]",)
+
+
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
@@ -295,6 +300,14 @@ def test_the_default_folder_names_experiment_dataset_part_and_seed(compose: Call
         (["optimizer.lr=-1.0"], ConfigError, "optimizer: .*-1.0"),
         (["task=[expression]", "loss=asymmetric"], ConfigError, "loss=…: no selected task uses it"),
         (["task=[expression]", "target=uniform"], ConfigError, "target=…: no selected task uses it"),
+        (["task=[au]", "dataset.aus=[1,12,27]"], ConfigError, "task au: faces has no label of AU27; .* AU1, AU12"),
+        (
+            ["task=[au]", "dataset.aus=[1,2,4]", "model=monet"],
+            ConfigError,
+            "3 tasks have only 6 orders; set model.orders=6",
+        ),
+        (["task=[au]", "dataset.aus=[1,2]", *_NEVER], DataError, "one value only in training .AU1=0, AU2=0"),
+        (["task=[expression]", *_NEUTRAL], DataError, "all training labels are neutral; at least two classes"),
     ],
 )
 def test_bad_input_is_one_line_before_training(
@@ -305,3 +318,17 @@ def test_bad_input_is_one_line_before_training(
         train.run(config)
     assert "\n" not in str(caught.value)
     assert not (Path(config.paths.output) / "last.ckpt").exists()
+
+
+def test_a_dataset_without_action_units_is_one_line(tmp_path: Path, compose: Callable[..., DictConfig]) -> None:
+    from tests.conftest import SMALL
+
+    for name in "ab":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((32, 32, 3), np.uint8))
+    (tmp_path / "labels.csv").write_text("image,subject,expression\na.png,a,happiness\nb.png,b,sadness\n")
+    given = [setting for setting in SMALL if not setting.startswith("dataset.")]
+    table = ("dataset=table", f"dataset.table={tmp_path / 'labels.csv'}", "prepare=none", "task=[au]", "model=monet")
+    config = compose("train", *given, *table, f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}")
+    with pytest.raises(DataError, match="no table has an action unit column") as caught:
+        train.run(config)
+    assert "\n" not in str(caught.value)
