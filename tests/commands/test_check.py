@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from affect.commands import train
 from affect.commands.check import decoded_sample, verified
 from affect.commands.main import main
+from affect.commands.synthesize import Tree
 from affect.data import faces
 from affect.data.faces import FaceDials, FaceImages
 from affect.data.table import FaceTable
@@ -234,6 +236,34 @@ def test_a_person_in_two_parts_fails(check: Callable[..., int], tree: Path, caps
     assert levels()["groups/subject"] == "error"
     assert levels()["protocol"] == "error"
     assert "groups/subject" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("affectnet", "train_set/images/*"),
+        ("affwild2", "cropped_aligned/1-30-1280x720_left"),
+        ("bp4dplus", "2D+3D/*.zip"),
+        ("celeba", "**/*.jpg"),
+        ("disfa", "Videos_LeftCamera/LeftVideoSN001_comp.avi"),
+        ("disfaplus", "Images/SN001"),
+        ("rafdb", "**/*.jpg"),
+        ("300w", "**/*.jpg"),
+        ("300w", "*/testset"),
+        ("wflw", "**/*.jpg"),
+    ],
+)
+def test_images_that_were_not_copied_fail_in_every_layout(
+    name: str, lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Tree.of(name, tmp_path / "tree", {}).write(DIALS, 0, COUNT)
+    gone = sorted((tmp_path / "tree").glob(lost))
+    for path in gone if all(map(Path.is_dir, gone)) else gone[::3]:
+        (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+    assert main(["check", f"dataset={name}", "dataset.root=tree", "report=check.json", "sheet=false"]) == 2
+    [key] = [key for key, level in levels().items() if level == "error"]
+    assert key.startswith("protocol" if lost == "*/testset" else "skipped/")
 
 
 @pytest.mark.parametrize(
