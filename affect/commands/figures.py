@@ -116,12 +116,13 @@ def write_attribution(folder: Path, batch: Any, module: AffectModule) -> None:  
         maps, found = objective.look(module, batch)
         known = batch.point_masks[objective.scheme].cpu().numpy()[..., None]
         points = np.where(known, batch.points[objective.scheme].cpu().numpy(), np.nan)
-        captions = [caption(module.tasks, batch.targets, batch.masks, k) for k in range(len(batch))]
+        scored = {objective.task: module.tasks[objective.task]}
+        captions = [caption(scored, batch.targets, batch.masks, k) for k in range(len(batch))]
         captions = [
-            text if np.isnan(r) else f"{text}, correlation with the landmarks {r:.2f}"
+            text if np.isnan(r) else f"{text}, correlation {r:.2f}"
             for text, r in zip(captions, found.tolist(), strict=True)
         ]
-        title = f"Held-out faces, and what {objective.layer} contributes to {objective.task}"
+        title = f"What {objective.layer} contributes to {objective.task}, and its correlation with the landmarks"
         figure = draw.attribution_sheet(images(batch), maps.cpu().numpy(), captions, points, title=title)
         draw.save(figure, folder / f"{name}_attribution.png")
 
