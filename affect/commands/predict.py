@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from tqdm import tqdm
 
-from affect.commands import assembly
+from affect.commands import assembly, decisions
 from affect.commands.train import quiet
 from affect.data.batch import FaceBatch
 from affect.data.dataset import turned
@@ -22,8 +22,9 @@ from affect.data.table import FaceTable
 from affect.errors import DataError
 from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
 from affect.models.base import AffectModule
-from affect.release import build_model, build_tasks, read_release
+from affect.release import PREPROCESS, build_model, build_tasks, read_release
 from affect.report.figures import FaceNote, annotate_faces, save_image
+from affect.report.provenance import decision_texts
 from affect.tasks import Expression, Task, ValenceArousal
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -47,6 +48,7 @@ def run(config: DictConfig) -> None:
     release = read_release(Path(config.checkpoint).expanduser(), list(config.trust))
     tasks = build_tasks(release)
     module = build_model(release, tasks)
+    thresholds = decisions.read_thresholds(release.preprocess, str(release.folder / PREPROCESS))
     finder = assembly.make(config.finder, "finder")
     recipe = prediction_recipe(release.preprocess)
     if was_delivered(release.preprocess):
@@ -72,6 +74,8 @@ def run(config: DictConfig) -> None:
             add_row(columns, {"image": name, "success": 0.0})
             continue
         values = predict_faces(module, tasks, recipe, image, found, device, int(config.batch_size))
+        if thresholds is not None:
+            add_present(values, tasks, thresholds["values"])
         for face, (observation, row) in enumerate(zip(found, values, strict=True)):
             add_row(columns, {"image": name, "face": face, "success": 1.0, **observed(observation), **row})
         if config.annotate:
@@ -89,6 +93,8 @@ def run(config: DictConfig) -> None:
     console.print(f"{faces} face(s) in {len(paths)} image(s): [bold]{out / 'predictions.csv'}[/bold]", soft_wrap=True)
     if config.annotate:
         console.print(f"annotated copies: [bold]{out / ANNOTATED}[/bold]", soft_wrap=True)
+    if thresholds is not None and decision_texts({"thresholds": thresholds}):
+        console.print(f"present: {decision_texts({'thresholds': thresholds})[0]}", highlight=False)
     command = training_command(out / "predictions.parquet", recipe, tasks)
     console.print(f"train on it: {command}", markup=False, soft_wrap=True)
 
@@ -167,6 +173,14 @@ def predict_faces(
             for row, cell in zip(rows, cells, strict=True):
                 row[column] = cell
     return rows
+
+
+def add_present(rows: list[dict[str, Any]], tasks: dict[str, Task], thresholds: decisions.Thresholds) -> None:
+    """Add the column ``present`` in place: names of the outputs that reach the checkpoint's thresholds, as one text."""
+    decided = {name: task for name, task in tasks.items() if name in thresholds}
+    values = {n: np.array([[row[column] for column in task.wanted()] for row in rows]) for n, task in decided.items()}
+    for row, text in zip(rows, decisions.present(decided, values, thresholds), strict=False):
+        row["present"] = text
 
 
 def observed(observation: FaceObservation) -> dict[str, Any]:

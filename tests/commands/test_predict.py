@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +205,16 @@ def test_a_task_from_outside_is_drawn_as_it_says() -> None:
     assert drawn.bar_limit == 16
     values = {"pain": torch.tensor([[0.9, 0.4]]), "au": torch.tensor([[3.0]])}
     assert figures.answers(tasks, values, None, 0) == {"at_least_1": True, "at_least_2": False, "AU12": 3.0}
+
+
+def test_outputs_at_the_checkpoints_thresholds_are_named(
+    compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(release, tmp_path / "release")
+    path = tmp_path / "release" / "preprocess.json"
+    tuned = {"rule": "tuned", "values": {"au": {"AU1": 0.0, "AU2": 1.0}}, "part": "validation", "rows": 7}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "thresholds": tuned}))
+    predict.run(config(compose, tmp_path / "release", photographs / "astronaut.png", tmp_path / "out"))
+    table = FaceTable.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert table.strings("present")[0].tolist() == ["AU1"]
+    assert "present: thresholds tuned per output on 7 validation rows" in capsys.readouterr().out
