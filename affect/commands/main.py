@@ -70,7 +70,17 @@ COMMANDS = (
             ("dataset.root", "folder of the dataset"),
             ("dataset.table", "with dataset=table: your CSV, Parquet or Arrow file"),
             ("protocol.test", "what final numbers are computed on: a part by name, the index of a fold, or all"),
-            ("selection", "best_val (best checkpoint on held-out training groups) or last"),
+            (
+                "selection",
+                "best_val (best checkpoint on held-out training groups), refit (as many epochs on all of them), last, "
+                "or best_on_test (legacy, said beside every number)",
+            ),
+            ("protocol.missing_faces", "rows without a found face: fallback (cropped all the same), drop or negative"),
+            ("accept", "keys of findings of affect check that are meant so, e.g. accept=[rows]"),
+            (
+                "dataset.leave_out",
+                "file of images to leave out, one a line, as affect check lists those it cannot read",
+            ),
             ("trainer.max_epochs", "length of the run"),
             ("trainer.devices", "number of accelerators"),
             ("seed", "of every draw; seed=1,2,3 with -m runs each"),

@@ -84,13 +84,10 @@ def require_croppable(node: DictConfig, table: FaceTable, recipe: CropRecipe | N
     """
     if recipe is None or node.get("cropped") is None:
         return
-    name, ready = str(node.get("name", "dataset")), ", ".join(stored_recipes())
+    name, fitting = str(node.get("name", "dataset")), _fitting_recipes(bool(node.cropped), table)
     if recipe.kind == "none":
         if not node.cropped:
-            raise ConfigError(
-                f"prepare=none takes images as they are, and {name} is not delivered as crops: use one of {ready} "
-                "with affect prepare, or crop while loading by its own points or boxes with prepare=similarity or box"
-            )
+            raise ConfigError(f"prepare=none takes images as they are, and {name} is not delivered as crops: {fitting}")
         return
     if recipe.kind == "box" and "box" not in table.names:
         lacks = "boxes"
@@ -98,11 +95,17 @@ def require_croppable(node: DictConfig, table: FaceTable, recipe: CropRecipe | N
         lacks = "points"
     else:
         return
-    also = " or prepare=none" if node.cropped else ""
-    raise ConfigError(
-        f"prepare={recipe.name} crops while loading, and {name} has no {lacks} to crop by: use one of {ready} "
-        f"with affect prepare{also}"
-    )
+    raise ConfigError(f"prepare={recipe.name} crops while loading, and {name} has no {lacks} to crop by: {fitting}")
+
+
+def _fitting_recipes(cropped: bool, table: FaceTable) -> str:
+    """Return what to choose: recipes that a table can be prepared by, and those that it can be cropped by as it is."""
+    scheme = alignment_scheme(table.names)
+    own = [] if scheme is None else ["similarity5" if labels.SCHEMES[scheme].points == 5 else "similarity"]
+    own += ["box"] if "box" in table.names else []
+    said = f"use one of {', '.join(stored_recipes())} with affect prepare"
+    said += f", or crop while loading by what it has with prepare={' or '.join(own)}" if own else ""
+    return said + (", or prepare=none" if cropped else "")
 
 
 def prepare_command(node: DictConfig, recipe: CropRecipe, prepared: Path | None = None) -> str:

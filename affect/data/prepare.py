@@ -64,6 +64,9 @@ from affect.geometry.providers import FaceFinder, Pose
 
 UNREADABLE = "unreadable image"
 
+COLOURS = "RGB"
+"""Order of the channels of a crop, as readers return it."""
+
 Store = Literal["files", "shards"]
 Format = Literal["jpg", "png"]
 
@@ -590,7 +593,7 @@ def claim(work: Work, models: Mapping[str, str]) -> None:
         "store": work.store,
         "format": work.format,
         "quality": work.quality if work.format == "jpg" else None,
-        "colours": "RGB",
+        "colours": COLOURS,
         "affect": __version__,
     }
     path = folder / "recipe.json"
@@ -625,6 +628,16 @@ def missing_units(work: Work, units: Sequence[Unit]) -> list[int]:
     return [k for k, unit in enumerate(units) if work.unit_path(unit).name not in there]
 
 
+def _shards(absent: Sequence[int], count: int) -> str:
+    """Return the fewest shards, of the lowest number, that hold the units ``absent`` of ``count`` and no other one."""
+    numbers = np.asarray(absent)
+    for n in (*range(1, min(count, 1024)), count):
+        mine = np.unique(numbers % n)
+        if (-(-(count - mine) // n)).sum() == len(numbers):
+            break
+    return ", ".join(f"shard={i}/{n}" for i in mine[:10]) + (", …" if len(mine) > 10 else "")
+
+
 def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any], code: str = "") -> FaceTable:
     """Write the prepared table from the units, all of which are done, and return it.
 
@@ -641,8 +654,8 @@ def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any], code: str 
     if absent:
         shown = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise DataError(
-            f"{work.folder}: {len(absent)} of {len(units)} units are not done (number {shown}); unit k belongs to "
-            "shard=i/n with i = k modulo n: run that shard again, or affect prepare without shard to do the rest"
+            f"{work.folder}: {len(absent)} of {len(units)} units are not done (number {shown}); run affect prepare "
+            f"with {_shards(absent, len(units))}, or without shard to do them all, then merge=true again"
         )
     _clean(work.folder, {unit.name for unit in units})
     parts = []
@@ -790,6 +803,7 @@ def _joined(work: Work, found: pa.Table, read: Mapping[str, Any]) -> FaceTable:
         "skipped": skipped,
         "skipped_examples": examples,
         "recipe": work.recipe.describe(),
+        "colours": COLOURS,
         "read": json.loads(json.dumps(reading_arguments(read), sort_keys=True, default=str)),
         "faces": {name: counts[name] for name in (FOUND, NEIGHBOUR, CENTRE)},
         "several_faces": several,
@@ -863,7 +877,8 @@ def _why_not_there(folder: Path, dataset: str, recipe: CropRecipe, read: Mapping
 
 def _on_disk(described: Mapping[str, Any]) -> dict[str, Any]:
     """Return the description of a stored recipe under the keys of its configuration."""
-    return {"stored" if key == "size" else key: value for key, value in described.items() if key != "name"}
+    unset = ("name", "template")  # The mean face is that of the version, nothing that one could write.
+    return {"stored" if key == "size" else key: value for key, value in described.items() if key not in unset}
 
 
 def _nearest(there: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any], prefix: str) -> str:
@@ -874,7 +889,15 @@ def _nearest(there: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any], pref
 
     other = min(there, key=lambda one: len(differing(one)))
     keys = differing(other)
-    return "prepared with " + "; ".join(f"{prefix}{key}={other.get(key)}, wanted {wanted.get(key)}" for key in keys)
+    if not keys:
+        return "prepared with the mean face of another version, which has other crops"
+    written = [f"{prefix}{key}={_written(other.get(key))}, wanted {_written(wanted.get(key))}" for key in keys]
+    return f"prepared with {'; '.join(written)}"
+
+
+def _written(value: object) -> str:
+    """Return a value as it is written on a command line."""
+    return str(value) if isinstance(value, str) else json.dumps(value)
 
 
 def prepared_images(table: FaceTable) -> ImageReader:

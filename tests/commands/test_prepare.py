@@ -110,10 +110,20 @@ def test_points_that_the_set_does_not_have(delivered, tmp_path, capsys):
     assert "table has no landmarks of its own; use prepare.provider=faceapi" in capsys.readouterr().err
 
 
-def test_whole_images_are_for_sets_delivered_as_crops(delivered):
+def test_whole_images_are_for_sets_delivered_as_crops(delivered, tmp_path):
     keys = ["dataset=table", f"dataset.table={delivered / 'labels.arrow'}"]
-    with pytest.raises(ConfigError, match=r"table is not delivered as crops: use one of box5, .*affect prepare"):
+    with pytest.raises(
+        ConfigError, match=r"table is not delivered as crops: use one of box5, .*affect prepare"
+    ) as caught:
         sources(*keys, "prepare=none", "++dataset.cropped=false")
+    assert "landmarks_only" not in str(caught.value), "it keeps whole images too"
+    assert "crop while loading by what it has with prepare=similarity or box" in str(caught.value)
+    table = FaceTable.open(delivered / "labels.arrow")
+    FaceTable.from_columns({"image": table.column("image")}, delivered).save(tmp_path / "bare.arrow")
+    keys = ["dataset=table", f"dataset.table={tmp_path / 'bare.arrow'}", f"dataset.root={delivered}"]
+    with pytest.raises(ConfigError, match=r"use one of box5, .* with affect prepare$"):
+        sources(*keys, "prepare=none", "++dataset.cropped=false")
+    keys = ["dataset=table", f"dataset.table={delivered / 'labels.arrow'}"]
     (source,) = sources(*keys, "prepare=none", "++dataset.cropped=true")
     assert source.prepared is None
 
@@ -122,7 +132,7 @@ def test_cropping_while_loading_needs_points_or_boxes(delivered, tmp_path):
     table = FaceTable.open(delivered / "labels.arrow")
     FaceTable.from_columns({"image": table.column("image")}, delivered).save(tmp_path / "bare.arrow")
     keys = ["dataset=table", "dataset.table=bare.arrow", f"dataset.root={delivered}", "++dataset.cropped=true"]
-    with pytest.raises(ConfigError, match=r"has no points to crop by: .*with affect prepare or prepare=none"):
+    with pytest.raises(ConfigError, match=r"has no points to crop by: .*with affect prepare, or prepare=none"):
         sources(*keys, "prepare=similarity")
     with pytest.raises(ConfigError, match="has no boxes to crop by"):
         sources(*keys, "prepare=box")

@@ -541,7 +541,7 @@ def test_shards_of_a_job_array_and_a_merge_give_the_same_bytes(photographs, tmp_
     work, units = work_of(photographs, tmp_path / "parts", store=store), plan(photographs, 4)
     assert len(units) == 3
     prepare.run(work, units[1::2], 0)
-    with pytest.raises(DataError, match=r"2 of 3 units are not done \(number 0, 2\).*shard=i/n"):
+    with pytest.raises(DataError, match=r"2 of 3 units are not done \(number 0, 2\); run .* with shard=0/2, or"):
         merge(work, units, READ)
     prepare.run(work, units[0::2], 0)
     merge(work, units, READ)
@@ -680,10 +680,42 @@ def test_training_is_told_what_is_there_and_in_what_it_differs(photographs, tmp_
     prepare.run(work, units, 0)
     merge(work, units, READ)
     assert len(find_prepared(tmp_path, "drawn", dataclasses.replace(RECIPE, window=44, size=20), READ)) == 18
+    made = find_prepared(tmp_path, "drawn", RECIPE, READ).metadata
+    assert made["colours"] == json.loads(next(tmp_path.rglob("recipe.json")).read_text())["colours"] == "RGB"
     assert "prepared with prepare.stored=48, wanted 64" in said(dataclasses.replace(RECIPE, stored=64))
     wrong = dataclasses.replace(RECIPE, margin=0.1, provider="mediapipe")
     assert "prepare.margin=0.2, wanted 0.1; prepare.provider=faceapi, wanted mediapipe" in said(wrong)
     assert "prepared with dataset.threshold=2, wanted 1" in said(read={**READ, "threshold": 1})
+    assert "prepared with dataset.threshold=2, wanted null" in said(read={**READ, "threshold": None})
+    upright = said(dataclasses.replace(RECIPE, kind="box"))
+    assert "prepared with prepare.kind=similarity, wanted box" in upright
+    assert "template" not in upright, "nobody can set the mean face"
+    recipe = next(tmp_path.rglob("recipe.json"))
+    recipe.write_text(recipe.read_text().replace("mean68-v1", "mean68-v0"))
+    recipe.parent.rename(recipe.parent.with_name("other"))
+    assert said().endswith("prepared with the mean face of another version, which has other crops")
+
+
+@pytest.mark.parametrize(
+    ("absent", "count", "shards"),
+    [
+        ([0, 1, 2], 3, "shard=0/1"),
+        ([0, 2], 3, "shard=0/2"),
+        ([3, 19, 35], 40, "shard=3/16"),
+        ([1, 4, 17, 20, 33, 36], 40, "shard=1/16, shard=4/16"),
+        ([7], 5000, "shard=7/5000"),
+        ([2, 3], 5, "shard=2/4, shard=3/4"),
+    ],
+)
+def test_missing_units_are_named_by_the_shards_that_do_them(absent, count, shards):
+    from affect.data.prepare import _shards
+
+    assert _shards(absent, count) == shards
+    done = set()
+    for word in shards.split(", "):
+        i, n = map(int, word.removeprefix("shard=").split("/"))
+        done |= set(range(i, count, n))
+    assert done == set(absent)
 
 
 def test_a_folder_that_was_prepared_in_another_way_is_kept(photographs, tmp_path):
