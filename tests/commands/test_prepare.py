@@ -94,12 +94,12 @@ def test_a_recipe_that_stores_nothing_needs_no_preparing(capsys, tmp_path):
     assert main(["prepare", "dataset=faces", "prepare=similarity"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "prepare=similarity stores nothing, so nothing has to be prepared" in said
-    assert "box5, mtcnn_256_224, similarity49_200, similarity68_299" in said
+    assert "box5, landmarks_only, mtcnn_256_224, similarity49_200, similarity68_299" in said
     assert not list(tmp_path.rglob("*"))
 
 
 def test_recipes_of_the_literature_are_stored_ones():
-    assert stored_recipes() == ["box5", "mtcnn_256_224", "similarity49_200", "similarity68_299"]
+    assert stored_recipes() == ["box5", "landmarks_only", "mtcnn_256_224", "similarity49_200", "similarity68_299"]
 
 
 def test_points_that_the_set_does_not_have(delivered, tmp_path, capsys):
