@@ -30,9 +30,10 @@ DATASET_ROOT = "<folder as delivered>"
 
 
 def stored_recipes() -> list[str]:
-    """Return the names of the recipes of the configuration tree whose crops are stored."""
+    """Return the names of the recipes of the configuration tree that cut faces out and store them."""
     folder = config_directory() / "prepare"
-    return sorted(path.stem for path in folder.glob("*.yaml") if OmegaConf.load(path).get("stored"))
+    leaves = {path.stem: OmegaConf.load(path) for path in folder.glob("*.yaml")}
+    return sorted(name for name, leaf in leaves.items() if leaf.get("stored") and leaf.get("kind") != "none")
 
 
 def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -> FaceTable:
