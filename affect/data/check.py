@@ -455,7 +455,16 @@ def _groups(table: FaceTable, column: str) -> Finding | None:
     if "part" not in table.names or column not in table.names:
         return None
     codes, names = table.codes(column)
-    return _straddling(table, codes, [str(name) for name in names], f"groups/{column}", column)
+    key, unknown = f"groups/{column}", int((codes < 0).sum())
+    if unknown == len(table):
+        return Finding(
+            key, WARNING, f"no row names its {column}: nobody can tell whether one lies in two parts", unknown, 0
+        )
+    found = _straddling(table, codes, [str(name) for name in names], key, column)
+    if not unknown:
+        return found
+    sentence = f"{found.sentence}; {_share(unknown, len(table), 'rows')} do not name theirs"
+    return replace(found, level=NOTE if found.level == OK else found.level, sentence=sentence)
 
 
 def _straddling(table: FaceTable, codes: np.ndarray, names: Sequence[str], key: str, what: str) -> Finding:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from affect.data import check
@@ -273,6 +274,17 @@ def test_a_person_in_two_parts_is_an_error_with_names() -> None:
     found = one(check.examine_table(faces, "subject"), "groups/subject")
     assert (found.level, found.measured) == (ERROR, 1)
     assert found.examples == ["anna (test, train)"]
+
+
+def test_people_whom_no_row_names_are_not_said_to_be_apart() -> None:
+    nobody = pa.array([None, None], pa.string())
+    faces = table(subject=nobody, part=["train", "test"], valence=np.zeros(2, np.float32))
+    found = one(check.examine_table(faces, "subject"), "groups/subject")
+    assert (found.level, found.measured) == (WARNING, 2)
+    assert "no row names its subject" in found.sentence
+    some = one(check.examine_table(faces.with_columns({"subject": ["a", None]}), "subject"), "groups/subject")
+    assert some.level == NOTE
+    assert "1 of 2 rows do not name theirs" in some.sentence
 
 
 def test_the_group_and_the_people_are_both_asked() -> None:

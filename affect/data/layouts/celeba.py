@@ -72,6 +72,9 @@ POINTS = tuple(f"{name}_{axis}" for name in ("lefteye", "righteye", "nose", "lef
 LIMIT = 1e5
 """Coordinates beyond this are no pixels of an image."""
 
+_IDENTITY_LIMIT = 2**24
+"""From here on whole numbers are not told apart in the precision that files are read in."""
+
 PARTS = ("train", "validation", "test")
 """Parts by their number in the partition file."""
 
@@ -106,6 +109,7 @@ def read(root: str | Path, pictures: Pictures = "aligned", identities: bool = Tr
     _require(reading, _PARTITION, partition, np.isin(partition.values[:, 0], (0, 1, 2)), "0, 1 or 2")
     attributes = _read_counted(reading, _ATTRIBUTES)
     _require(reading, _ATTRIBUTES, attributes, (np.abs(attributes.values) == 1).all(1), "attributes -1 or 1")
+    _require_parts(reading, partition, attributes)
     points = _read_pixels(reading, _LANDMARKS[pictures], POINTS)
 
     folder = _FOLDERS[pictures]
@@ -123,7 +127,8 @@ def read(root: str | Path, pictures: Pictures = "aligned", identities: bool = Tr
     if identities:
         found = _read_list(reading, _IDENTITIES, ("identity",))
         whole = found.values[:, 0]
-        _require(reading, _IDENTITIES, found, (whole == np.round(whole)) & (np.abs(whole) < 1e9), "a whole number")
+        named = (whole == np.round(whole)) & (whole > 0) & (whole < _IDENTITY_LIMIT)
+        _require(reading, _IDENTITIES, found, named, "an identity, a whole number from 1")
         values, known = _aligned(reading, _IDENTITIES, found, names)
         columns["subject"] = pa.array(values[:, 0].astype(np.int64), mask=~known).cast(pa.string())
     values, known = _aligned(reading, _ATTRIBUTES, attributes, names)
@@ -143,6 +148,17 @@ def read(root: str | Path, pictures: Pictures = "aligned", identities: bool = Tr
 def _check(pictures: str) -> None:
     if pictures not in _FOLDERS:
         raise ConfigError(f"pictures={pictures}: {near(pictures, _FOLDERS)}")
+
+
+def _require_parts(reading: Reading, partition: _List, attributes: _List) -> None:
+    """Raise ``DataError`` if an image with attributes is in no part: the partition file has no count of its own."""
+    without = attributes.images.filter(pc.invert(pc.is_in(attributes.images, value_set=partition.images)))
+    if len(without):
+        raise DataError(
+            f"{reading.root / _PARTITION}: {len(without):,} images of {_ATTRIBUTES} are in no part "
+            f"(first: {without[0]}), expected each of its {len(attributes.images):,}, found {len(partition.images):,} lines; the file may be "
+            "cut short, copy it again"
+        )
 
 
 class _List(NamedTuple):
@@ -217,6 +233,9 @@ def _read_list(reading: Reading, path: str, columns: Sequence[str], skip: int = 
             rows.append([number_of(cell, where) for cell in cells])
         found = pa.array(names, pa.string()), np.array(rows, np.float32).reshape(-1, len(columns))
     images, values = found
+    if not len(images):
+        what = "no line below its header" if skip else "an empty file"
+        raise DataError(f"{reading.root / path}: expected lines with an image and numbers, found {what}; copy it again")
     if len(images) != len(images.unique()):
         codes = images.dictionary_encode().indices.to_numpy()
         again = np.ones(len(codes), bool)

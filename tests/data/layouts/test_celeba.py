@@ -228,7 +228,14 @@ class TestErrors:
             (ALIGNED, "lefteye_x", "left_x", r"line 2: no column lefteye_x; expected lefteye_x lefteye_y"),
             (ALIGNED, "69  109", "69  inf", r"line 3: expected a number, found 'inf'"),
             (ALIGNED, "69  109", "69  109000", r"line 3: expected coordinates in pixels, found '000001"),
-            (IDENTITIES, "2937", "29.5", r"line 2: expected a whole number, found"),
+            (
+                IDENTITIES,
+                "2937",
+                "29.5",
+                r"line 2: expected an identity, a whole number from 1, found '000002.jpg 29.5'",
+            ),
+            (IDENTITIES, "2937", "-3", r"line 2: expected an identity, a whole number from 1, found '000002.jpg -3'"),
+            (IDENTITIES, "2937", "99999999", r"line 2: expected an identity"),
             (PARTITION, "000003.jpg 1", "000003.jpg 3", r"line 3: expected 0, 1 or 2, found '000003.jpg 3'"),
             (PARTITION, "000003.jpg 1", "000003.jpg", r"line 3: 1 fields, expected 2"),
         ],
@@ -247,6 +254,18 @@ class TestErrors:
             celeba.read(tree)
         (tree / PARTITION).write_text("")
         with pytest.raises(DataError):
+            celeba.read(tree)
+
+    @pytest.mark.parametrize("file", [IDENTITIES, PARTITION])
+    def test_of_a_file_without_a_byte(self, tree, file):
+        (tree / file).write_bytes(b"")
+        with pytest.raises(DataError, match=rf"{file}: expected lines with an image .*found an empty file; copy it"):
+            celeba.read(tree)
+
+    def test_of_a_partition_that_is_cut_short_at_a_line_end(self, tree):
+        edit(tree / PARTITION, "\n000003.jpg 1\n000004.jpg 2", "\n")
+        message = r"partition\.txt: 2 images of Anno/list_attr_celeba\.txt are in no part \(first: 000003\.jpg\)"
+        with pytest.raises(DataError, match=message):
             celeba.read(tree)
 
     def test_of_a_root_without_images(self, tree):
