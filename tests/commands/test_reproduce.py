@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from affect.commands import figures
-from affect.commands.configuration import config_directory
+from affect.commands import assembly, figures
+from affect.commands.configuration import compose, config_directory
 from affect.commands.main import main
+from affect.losses import BinaryCrossEntropy
+from affect.tasks import Attributes, AUOccurrence, Task
 
 EXPERIMENTS = sorted(
     path.stem
@@ -47,3 +49,17 @@ def test_every_experiment_of_action_units_runs_on_the_quick_scale(
         first = words.index(next(word for word in words if word in stored["arms"]))
         assert set(words[first : first + len(stored["arms"])]) == set(stored["arms"])
         assert max(map(len, lines[title : title + 4 + len(stored["arms"])])) <= 80
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_arm_builds_its_model(name: str) -> None:
+    config = compose("train", [f"experiment=controlled/{name}"])
+    for arm, overrides in config.controlled.arms.items():
+        cell = compose("train", [f"experiment=controlled/{name}", *overrides])
+        count = 6 if "parity" in name else 4 if "dyadic" in name else None
+        aus = cell.dataset.aus or list(range(count or 4))
+        task: Task = Attributes([f"label_{k}" for k in range(len(aus))], loss=BinaryCrossEntropy())
+        if "au" in cell.task:
+            task = AUOccurrence(list(aus), loss=BinaryCrossEntropy())
+        module = assembly.build_model(cell, {next(iter(cell.task)): task})
+        assert sum(parameter.numel() for parameter in module.parameters()) > 0, arm
