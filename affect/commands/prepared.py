@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from affect import labels
 from affect.commands.configuration import config_directory
@@ -30,10 +30,12 @@ DATASET_ROOT = "<folder as delivered>"
 
 
 def stored_recipes() -> list[str]:
-    """Return the names of the recipes of the configuration tree that cut faces out and store them."""
-    folder = config_directory() / "prepare"
-    leaves = {path.stem: OmegaConf.load(path) for path in folder.glob("*.yaml")}
-    return sorted(name for name, leaf in leaves.items() if leaf.get("stored") and leaf.get("kind") != "none")
+    """Return the names of the recipes of the configuration tree whose crops are stored."""
+    return sorted(name for name, recipe in _recipes().items() if recipe.get("stored"))
+
+
+def _recipes() -> dict[str, DictConfig | ListConfig]:
+    return {path.stem: OmegaConf.load(path) for path in (config_directory() / "prepare").glob("*.yaml")}
 
 
 def load_prepared(node: DictConfig, recipe: CropRecipe, prepared: Path | None) -> FaceTable:
@@ -104,7 +106,9 @@ def _fitting_recipes(cropped: bool, table: FaceTable) -> str:
     scheme = alignment_scheme(table.names)
     own = [] if scheme is None else ["similarity5" if labels.SCHEMES[scheme].points == 5 else "similarity"]
     own += ["box"] if "box" in table.names else []
-    said = f"use one of {', '.join(stored_recipes())} with affect prepare"
+    # Whole images are kept only where they are crops.
+    stored = [name for name in stored_recipes() if cropped or _recipes()[name].get("kind") != "none"]
+    said = f"use one of {', '.join(stored)} with affect prepare"
     said += f", or crop while loading by what it has with prepare={' or '.join(own)}" if own else ""
     return said + (", or prepare=none" if cropped else "")
 
