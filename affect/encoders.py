@@ -373,6 +373,8 @@ class PixelGrid(nn.Module):
     Args:
         image_size: Side of the images in pixels.
         cell: Side of a cell in pixels.
+        pretrained: There are no such weights: always False.
+        weights: There are no such weights: always None.
 
     Attributes:
         num_features: Channels of the output.
@@ -380,8 +382,10 @@ class PixelGrid(nn.Module):
 
     channel_order, origin, output = "RGB", "none", "map"
 
-    def __init__(self, image_size: int, cell: int = 2) -> None:
+    def __init__(self, image_size: int, cell: int = 2, pretrained: bool = False, weights: str | None = None) -> None:
         super().__init__()
+        if pretrained or weights:
+            raise ConfigError("encoder=pixel_grid has no pretrained weights; leave encoder.weights and .pretrained")
         if cell < 1 or image_size % cell:
             raise ConfigError(f"encoder.image_size={image_size} is no multiple of encoder.cell={cell}")
         self.image_size, self.cell, self.num_features = int(image_size), int(cell), 3 * int(cell) ** 2
