@@ -32,7 +32,8 @@ Traps that are handled, each with a test:
 - Images without label files and label files without an image are counted.
 - Some copies of ``validation.csv`` have no header, which shows in a second field that is a number. In some, the 136
   numbers of the points are columns of their own: the last three columns count from the end.
-- One row of ``training.csv`` is malformed. As many as ``malformed`` are left out and counted; more are an error.
+- One row of ``training.csv`` is malformed. As many as ``malformed`` are left out and counted; more are an error, and so
+  is one that ends the file without a line end: the file is cut short.
 - Extensions mix (jpg, jpeg, png, bmp, tif, upper case) and lie about what is inside. They only name the file.
 - A box of negative width (recalled) is missing, and noted; points may lie outside of the photograph.
 - A photograph that is listed twice (recalled) counts once; one that is in both lists is in ``validation`` only.
@@ -44,6 +45,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -520,6 +522,8 @@ class _List:
                     bar.update(source.tell() - bar.n)
                     if len(self.bad) > self.malformed:
                         break
+                else:
+                    self._require_whole(read + len(self.left_out))
         except pa.ArrowInvalid as error:
             self._explain(error)
         self._count()
@@ -620,6 +624,21 @@ class _List:
         if len(odd):
             line = self._line(int(ordinals[odd[0]]))
             raise DataError(f"{self.full}, line {line}: expected {expected}, found {cells[odd[0]]:g}")
+
+    def _require_whole(self, last: int) -> None:
+        """Raise ``DataError`` if the file ends inside a row, which is then not one of those that are tolerated.
+
+        Args:
+            last: Number of the last line that was read, among those that are not empty.
+        """
+        if last not in self.bad:
+            return
+        with self.full.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            ended = stream.read(1) in b"\r\n"
+        if not ended:
+            where = f"{self.full}, line {self._line(last)}"
+            raise DataError(f"{where}: {self.bad[last]}; the file is cut short; copy it again")
 
     def _count(self) -> None:
         """Count malformed rows.

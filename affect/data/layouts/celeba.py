@@ -156,8 +156,7 @@ def _require_parts(reading: Reading, partition: _List, attributes: _List) -> Non
     if len(without):
         raise DataError(
             f"{reading.root / _PARTITION}: {len(without):,} images of {_ATTRIBUTES} are in no part "
-            f"(first: {without[0]}), expected each of its {len(attributes.images):,}, found {len(partition.images):,} lines; the file may be "
-            "cut short, copy it again"
+            f"(first: {without[0]}), expected a line of each; the file may be cut short, copy it again"
         )
 
 

@@ -351,6 +351,18 @@ class TestMalformedRows:
             affectnet.read(old.root)
         assert stems(old.train(malformed=2)) == ["a", "b"]
 
+    @pytest.mark.parametrize("header", [True, False])
+    def test_a_list_that_ends_inside_a_row_is_cut_short_however_many_are_tolerated(self, old, header):
+        path = old.training(row("1/a.jpg"), row("1/b.jpg"), row("1/c.jpg"), header=header)
+        whole = path.read_bytes().rstrip()
+        ends = [whole.rindex(b",") + 1, whole.rindex(b";"), whole.rindex(b"1/c") + 5]
+        for end in ends:
+            path.write_bytes(whole[:end])
+            with pytest.raises(DataError, match=rf"training\.csv, line {3 + header}: .*the file is cut short; copy it"):
+                affectnet.read(old.root, malformed=5)
+        path.write_bytes(whole)  # without a line end, but whole
+        assert stems(old.train()) == ["a", "b", "c"]
+
     def test_lines_are_counted_as_an_editor_does(self, old):
         path = old.training(row("1/a.jpg"), ["1/y.jpg"], row("1/b.jpg"), row("1/z.jpg", "x"), row("1/c.jpg", 11))
         lines = path.read_text().splitlines()
