@@ -34,6 +34,9 @@ Traps that are handled, each with a test:
 - Two people in a video are two folders and two label files, ``<video>_left`` and ``<video>_right`` (sometimes one of
   them has no ending). Column ``video``, the group that parts keep together, has no such ending. The official crops swap
   the two people in places; nothing can be done about that here.
+- Videos of crops without a label file, as those of the test set, are counted.
+- A line that is doubled moves all labels behind it by a frame, and nothing in the file tells. Videos whose tracks
+  differ in length, or that have an image of every frame and one line more, are named.
 - A blank line between labels would move all labels behind it by a frame and is an error.
 - Valence or arousal outside [-1, 1] that is not -5 is masked and noted.
 - **A video may train in one track and validate in another.** Columns ``part_va``, ``part_expr`` and ``part_au`` are the
@@ -389,6 +392,7 @@ def _join(
         if found is not None and len(found.numbers):
             rows[sequence] = found
     _note_outside(reading, outside)
+    _skip_unlabelled(reading, holding, set(sequences))
     return _table(reading, holding, files, held_out, rows, names, declared)
 
 
@@ -415,6 +419,39 @@ class _Crops:
         return numbers[order], names
 
 
+def _skip_unlabelled(reading: Reading, crops: _Crops, labelled: set[str]) -> None:
+    """Count the images of videos that no selected track has a label file of; those of the test set are among them."""
+    for sequence in sorted(set().union(*crops.folders.values()) - labelled):
+        numbers, _ = crops.images(sequence)
+        reason = "image of a video without a label file in the selected tracks (the test set's have none)"
+        reading.skip(reason, [sequence] * min(len(numbers), 1), count=len(numbers))
+
+
+def _name_shifted(reading: Reading, sequence: str, numbers: np.ndarray, lines: Mapping[str, int]) -> None:
+    """Note a video whose lines cannot all be those of its frames: a doubled or lost line moves all labels behind it.
+
+    Args:
+        reading: The pass.
+        sequence: Folder of crops.
+        numbers: Numbers of its images, sorted ``(N,)``.
+        lines: Number of label lines by track.
+    """
+    most = max(lines.values())
+    if len(set(lines.values())) > 1:
+        counts = ", ".join(f"{track} {count}" for track, count in lines.items())
+        reading.name(
+            "videos whose tracks have label files of different lengths; each line is a frame, so that one which is "
+            "doubled or lost moves all labels behind it",
+            f"{sequence}: {counts}",
+        )
+    elif len(numbers) and numbers[0] == 1 and len(numbers) == numbers[-1] == most - 1:
+        reading.name(
+            "videos with an image of every frame and one label line more; if a line is doubled, all labels behind it "
+            "are those of other frames",
+            f"{sequence}: {most} lines, {len(numbers)} images",
+        )
+
+
 def _frames_of(
     reading: Reading, crops: _Crops, sequence: str, found: Mapping[str, _Labels], masked: Sequence[str]
 ) -> _Found | None:
@@ -424,6 +461,7 @@ def _frames_of(
         reading.skip("label lines of a video without a folder of images", [sequence] * min(lines, 1), count=lines)
         return None
     numbers, names = crops.images(sequence)
+    _name_shifted(reading, sequence, numbers, {track: len(of_track.values) for track, of_track in found.items()})
     last = int(numbers[-1]) if len(numbers) else 0
     _skip_frames(
         reading, "label line without an image (no face was detected)", sequence,
@@ -743,7 +781,7 @@ def write(table: FaceTable, root: str | Path, images: ImageReader | None = None,
                 continue
             name = {"train": _PARTS["train"][old], "validation": "Validation_Set"}[parts[rows[0]]]
             blank = {"va": "-5,-5", "expr": "-1", "au": ",".join(["-1"] * (header.count(",") + 1))}[track]
-            lines = [blank] * int(frames[rows].max())
+            lines = [blank] * int(frames[codes == code].max())  # a line per frame of the video in every track
             for row in rows:
                 lines[frames[row] - 1] = cells[row]
             folder = root / _parent(challenge) / folders[track] / name

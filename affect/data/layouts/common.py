@@ -71,6 +71,7 @@ class Reading:
         self.skipped: dict[str, int] = {}
         self.examples: dict[str, list[str]] = {}
         self.notes: list[str] = []
+        self.named: dict[str, list[str]] = {}
         self.touched: dict[str, list[int] | None] = {}
         if not self.root.is_dir():
             raise DataError(f"dataset.root={root}: no such folder; it must hold {' or '.join(holds) or 'the dataset'}")
@@ -223,6 +224,18 @@ class Reading:
         if sentence not in self.notes:
             self.notes.append(sentence)
 
+    def name(self, sentence: str, example: str) -> None:
+        """Count one more file or sequence that ``sentence`` is noted of; the first few are named behind it."""
+        self.named.setdefault(sentence, []).append(example)
+
+    def _noted(self) -> list[str]:
+        """Return all notes."""
+        named = []
+        for sentence, names in self.named.items():
+            listed = ", ".join(names[:EXAMPLES]) + (", …" if len(names) > EXAMPLES else "")
+            named.append(f"{sentence} ({len(names):,}: {listed})")
+        return [*self.notes, *named]
+
     def table(self, columns: Mapping[str, ColumnLike], **metadata: JSON) -> FaceTable:
         """Return the face table with what was skipped, noted and looked at in its metadata.
 
@@ -237,7 +250,7 @@ class Reading:
                 **metadata,
                 "skipped": self.skipped,
                 "skipped_examples": self.examples,
-                "notes": self.notes,
+                "notes": self._noted(),
                 "touched": self.touched,
             },
         )

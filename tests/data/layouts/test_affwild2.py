@@ -12,11 +12,11 @@ from affect import labels
 from affect.data.expected import measure
 from affect.data.images import FileImages, Source
 from affect.data.layouts import affwild2
-from affect.data.layouts.common import write_lines
+from affect.data.layouts.common import unchanged, write_lines
 from affect.data.protocol import Protocol, divide
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
-from tests.data.layouts.contract import LayoutContract
+from tests.data.layouts.contract import ChosenFaces, LayoutContract
 
 AUS = tuple(labels.occurrence_column(number) for number in labels.AU_SETS["affwild2"])
 AXES = labels.AFFECT_AXES
@@ -228,6 +228,46 @@ class TestFrames:
             "label line without an image (no face was detected)": ["v/00003"],
             "label line behind the last image of its video": ["v/00005", "v/00006"],
         }
+
+    def test_videos_without_a_label_file_are_counted_and_named(self, tree):
+        tree.images("v", 1, 2)
+        tree.lines("va", "Train", "v", "0.1,0", "0.2,0")
+        tree.images("lost", 1, 2, 3)
+        tree.images("later", 4, folder="cropped_aligned_new_50_vids")
+        tree.lines("au", "Train", "later", *[OFF] * 4)
+        reason = "image of a video without a label file in the selected tracks (the test set's have none)"
+        table = affwild2.read(tree.root, "va")
+        assert table.metadata["skipped"] == {reason: 4}
+        assert table.metadata["skipped_examples"] == {reason: ["later", "lost"]}
+        assert affwild2.read(tree.root).metadata["skipped_examples"][reason] == ["lost"]
+        tree.images("lost", 4)
+        assert not unchanged(table, tree.root)
+
+    def test_a_doubled_line_is_suspected_where_every_frame_has_an_image(self, tree):
+        tree.images("v", 1, 2, 3)
+        tree.images("gap", 1, 3)
+        tree.images("w", 1, 2)
+        tree.lines("va", "Train", "v", "0.1,0", "0.2,0", "0.2,0", "0.3,0")
+        tree.lines("va", "Train", "gap", "0.1,0", "0.2,0", "0.3,0", "0.4,0")
+        tree.lines("va", "Train", "w", "0.1,0", "0.2,0")
+        (note,) = affwild2.read(tree.root, "va").metadata["notes"]
+        assert "one label line more" in note
+        assert note.endswith("(1: v: 4 lines, 3 images)")
+
+    def test_written_trees_have_no_note(self, drawn, tmp_path):
+        dressed = affwild2.dress(drawn)
+        affwild2.write(dressed.table, tmp_path, ChosenFaces(dressed.rows))
+        assert not affwild2.read(tmp_path).metadata["notes"]
+
+    def test_tracks_of_a_video_that_differ_in_length_are_named(self, tree):
+        for name in ("v", "w"):
+            tree.images(name, 1, 2, 4)
+            tree.lines("va", "Train", name, *["0.1,0"] * 4)
+            tree.lines("au", "Train", name, *[OFF] * (5 if name == "v" else 4))
+        (note,) = affwild2.read(tree.root, ("va", "au")).metadata["notes"]
+        assert "label files of different lengths" in note
+        assert note.endswith("(1: v: va 4, au 5)")
+        assert not affwild2.read(tree.root, "va").metadata["notes"]
 
     def test_images_behind_the_last_line_are_not_labelled(self, tree):
         tree.images("v", 1, 2, 3, 4)
