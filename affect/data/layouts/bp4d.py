@@ -22,6 +22,8 @@ wrong:
 
 - The zero padding of image names differs between copies (``0643.jpg``, ``643.jpg``): images are found by number.
 - About 20 s of each task are coded. The other images have no label; they are no rows, and no negatives.
+- All eight tasks of everybody are coded: one with images but without an occurrence file is named, and so are files of
+  intensities that lack frames.
 - A missing label is null in its own cell. ``complete_frames`` drops whole frames as many public readers do.
 - The third fold of one code base is the first of another: parts are named P1, P2, P3 and folds by the part that tests.
 - There is no validation part: groups of the training parts select.
@@ -33,7 +35,7 @@ benchmark and all others that are coded), ``auNN_intensity``, ``attribute_occlud
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -133,6 +135,9 @@ def read(
             facs.chosen(cells, there),
             {"subject": subject, "sequence": sequence, "part": part_of[subject]},
         )
+    have = {(subject, task) for subject, task, _ in files}
+    others = [(s, t) for s in SUBJECTS for t in range(1, TASKS + 1) if (s, t) not in have]
+    name_uncoded(reading, intensities, ((f"{s}_T{t}", bool(reading.numbered(f"{base}{s}/T{t}"))) for s, t in others))
     return reading.table(
         sequences.columns(map(labels.occurrence_column, BENCHMARK)), label_source=facs.LABEL_SOURCE, people="bp4d"
     )
@@ -182,8 +187,26 @@ def read_intensities(
         if sequence in paths:
             cells[labels.intensity_column(au)] = facs.read_intensity(reading, paths[sequence], frames, missing)[1]
         else:
-            reading.note(f"some sequences have no file of AU{au}'s intensity, which is missing there")
+            reading.name(f"sequences have no file of AU{au}'s intensity, which is missing there", sequence)
     return cells
+
+
+def name_uncoded(
+    reading: Reading,
+    intensities: Mapping[int, Mapping[str, str]],
+    uncoded: Iterable[tuple[str, bool]],
+) -> None:
+    """Note the sequences that lack an occurrence file although other files say that they were coded.
+
+    Args:
+        reading: The pass.
+        intensities: Intensity files by action unit and sequence.
+        uncoded: Sequences without an occurrence file, and whether images of it are there.
+    """
+    coded = set().union(*intensities.values())
+    for sequence, images in uncoded:
+        if images or sequence in coded:
+            reading.name("coded tasks with images or intensities have no occurrence file, and no rows", sequence)
 
 
 def tracked_file(reading: Reading, sequence: str) -> str | None:

@@ -135,6 +135,10 @@ def read(root: str | Path, points: bool = True, complete_frames: bool = False) -
             facs.chosen(cells, there),
             {"subject": subject, "sequence": sequence, "part": part_of[subject]},
         )
+    have = {(subject, task) for subject, task, _ in files}
+    lacking = {s: [t for t in TASKS if (s, t) not in have and f"{s}_T{t}" not in BAD] for s in SUBJECTS}
+    found = ((s, tasks, _images_of(reading, s)) for s, tasks in lacking.items() if tasks)
+    bp4d.name_uncoded(reading, intensities, ((f"{s}_T{t}", t in images) for s, tasks, images in found for t in tasks))
     return reading.table(
         sequences.columns(map(labels.occurrence_column, bp4d.BENCHMARK)),
         label_source=facs.LABEL_SOURCE,

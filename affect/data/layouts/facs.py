@@ -152,6 +152,9 @@ def read_occurrence(reading: Reading, path: str, missing: Sequence[int] = (NOT_C
             reading.require(path, good, f"AU{number} to be one of {allowed} (column {place + 1})", skip=1)
             cells[labels.occurrence_column(number)] = values.astype(np.float32), present
         elif number == OCCLUSION:
+            good = present | np.isin(values, missing)
+            allowed = ", ".join(map(str, (0, 1, *missing)))
+            reading.require(path, good, f"occlusion to be one of {allowed} (column {place + 1})", skip=1)
             cells[OCCLUDED] = values.astype(np.float32), present
         elif present.any():
             unnamed.append(number)
@@ -212,6 +215,8 @@ def read_intensity(
         return own, (values, valid)
     if np.setdiff1d(own, frames).size:
         reading.note("some files of intensities have frames without occurrence labels; these are left out")
+    if np.setdiff1d(frames, own).size:
+        reading.name("files of intensities lack frames that are coded in occurrence, and are missing there", path)
     return frames, spread(frames, own, (values, valid))
 
 

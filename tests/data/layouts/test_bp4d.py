@@ -217,9 +217,15 @@ class TestTraits:
         with pytest.raises(DataError, match=r"no face of bp4d found \(36 rows: no image of a labelled frame\)"):
             bp4d.read(tree)
 
-    def test_folders_without_labels_are_no_rows(self, tree):
+    def test_a_coded_task_without_an_occurrence_file_is_named(self, tree):
+        assert not bp4d.read(tree).metadata["notes"]
         put_images(tree / "2D+3D" / "F001" / "T3", ["1.jpg", "2.jpg"])
-        assert len(bp4d.read(tree)) == 35
+        put(tree / "AUCoding/AU_INT/AU06/F003_T4_AU06.csv", [f"{frame},1" for frame in FRAMES])
+        (tree / "AUCoding/AU_OCC/M006_T2.csv").unlink()
+        table = bp4d.read(tree)
+        assert len(table) == 35 - 6
+        (note,) = [note for note in table.metadata["notes"] if "no occurrence file" in note]
+        assert note.endswith("(3: F001_T3, F003_T4, M006_T2)")
 
     def test_a_change_of_any_folder_or_file_is_noticed(self, tree):
         table = bp4d.read(tree)
@@ -239,9 +245,18 @@ class TestIntensity:
         assert [cell(table, image, "au06_intensity") for image in images] == [0, 5, None, None, 2, 3]
         assert cell(table, "2D+3D/F001/T2/37.jpg", "au06_intensity") is None
         notes = " ".join(table.metadata["notes"])
-        assert "no file of AU6's intensity" in notes
+        assert "no file of AU6's intensity, which is missing there (5: F001_T2, F003_T1" in notes
         assert "without occurrence labels" in notes
         assert "au10_intensity" not in table.names
+
+    def test_a_file_that_is_cut_at_a_line_end_is_named(self, tree):
+        for subject, task in itertools.product(("F001", "F003", "M006"), (1, 2)):
+            put(tree / f"AUCoding/AU_INT/AU06/{subject}_T{task}_AU06.csv", [f"{frame},1" for frame in FRAMES])
+        assert not bp4d.read(tree).metadata["notes"]
+        put(tree / "AUCoding/AU_INT/AU06/F003_T1_AU06.csv", [f"{frame},1" for frame in FRAMES[:3]])
+        (note,) = bp4d.read(tree).metadata["notes"]
+        assert note.startswith("files of intensities lack frames that are coded in occurrence")
+        assert note.endswith("(1: AUCoding/AU_INT/AU06/F003_T1_AU06.csv)")
 
     def test_the_folder_of_fera_2015(self, tree):
         put(tree / "AU Intensity Codes3.0/AU10/F001_T2.csv", [f"{frame},4" for frame in FRAMES])
@@ -345,6 +360,9 @@ class TestBadFiles:
             ([header([0, "AU1", "smile"]), "37,0,0"], r"line 1: expected a header"),
             ([header([0, 97, 98]), "37,0,0"], r"names no action unit"),
             ([header(), line(37), line(38, au4=2)], r"line 3: expected AU4 to be one of 0, 1, 9 \(column 5\)"),
+            ([header(), line(37, occlusion=77)], r"line 2: expected occlusion to be one of 0, 1, 9 \(column 100\)"),
+            ([header(), line(37, occlusion=-3)], r"line 2: expected occlusion to be one of"),
+            ([header(), line(37, occlusion="1e23")], r"line 2: expected occlusion to be one of"),
             ([header(), line(37), line(38, au4="x")], r"line 3: expected a whole number, found 'x'"),
             ([header(), line(37), line(38, au4="nan")], r"line 3: expected a whole number, found 'nan'"),
             ([header(), line(37), line(38)[:-2]], r"line 3: 99 fields, expected 100"),

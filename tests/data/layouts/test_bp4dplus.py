@@ -103,6 +103,15 @@ class TestTraits:
         pixels = bp4dplus.images(table).read(np.arange(len(table)))
         assert all(image.shape == (8, 6, 3) for image in pixels)
 
+    def test_a_coded_task_without_an_occurrence_file_is_named(self, tree):
+        assert not bp4dplus.read(tree).metadata["notes"]
+        (tree / "AUCoding/AU_OCC/M058_T8.csv").unlink()
+        put_zip(tree / "2D+3D/F041.zip", [f"F041/T{task}/1.jpg" for task in (1, 7)])
+        put_zip(tree / "2D+3D/F042.zip", ["F042/T2/1.jpg"])
+        (note,) = bp4dplus.read(tree).metadata["notes"]
+        assert "no occurrence file" in note
+        assert note.endswith("(2: F041_T1, M058_T8)")
+
     def test_unpacked_images_come_first(self, tree):
         write_image(tree / "2D+3D/F001/T1/5.jpg", np.zeros((8, 6, 3), np.uint8))
         table = bp4dplus.read(tree)
