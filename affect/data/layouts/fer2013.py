@@ -205,19 +205,43 @@ def _strip(data: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
 
 
 def _require_pixels(cells: _Cells) -> None:
-    """Raise ``DataError`` with the line of the first row that does not hold 2,304 numbers."""
+    """Raise ``DataError`` with the line of the first row that does not hold 2,304 numbers from 0 to 255."""
     k = cells.names.index("pixels")
     starts, stops = cells.starts[:, k], cells.stops[:, k]
     rows_per_block = max(1, _CHUNK // (4 * _PIXELS))
     for first in range(0, len(starts), rows_per_block):
         a, b = starts[first : first + rows_per_block], stops[first : first + rows_per_block]
-        kinds = _KIND[np.asarray(cells.data[a[0] : b[-1]])]
+        text = np.asarray(cells.data[a[0] : b[-1]])
+        kinds = _KIND[text]
         # Pairs of (start, end): every second sum is that of a cell, the others of what lies between cells.
         edges = np.stack([a, b], 1).ravel() - a[0]
         counted = np.add.reduceat(np.append(kinds, _KIND[ord("0")]), edges, dtype=np.int32)[::2]
         # A blank counts 1 and anything but digits 2; an empty cell would sum up its first neighbour.
-        for row in np.flatnonzero((counted != _PIXELS - 1) | (a >= b)) + first:
+        suspect = (counted != _PIXELS - 1) | (a >= b)
+        places = _odd_numbers(text, kinds) + a[0]
+        rows = np.searchsorted(a, places, "right") - 1
+        suspect[rows[places < b[rows]]] = True
+        for row in np.flatnonzero(suspect) + first:
             _pixels(cells.data[starts[row] : stops[row]], cells.where(int(row)))
+
+
+def _odd_numbers(text: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Return where numbers above 255 or of more than three digits begin, and where one lacks between two blanks.
+
+    Args:
+        text: Bytes ``(N,)``.
+        kinds: ``_KIND`` of each.
+    """
+    digit, blank = kinds == 0, kinds == _SPACE
+    three = digit[:-2] & digit[1:-1] & digit[2:]
+    place = np.flatnonzero(three)
+    # Digits are compared as bytes, which have their order: numbers would take several times the memory.
+    hundreds, tens, ones = text[place], text[place + 1], text[place + 2]
+    two, five = ord("2"), ord("5")
+    above = (hundreds > two) | ((hundreds == two) & ((tens > five) | ((tens == five) & (ones > five))))
+    return np.concatenate(
+        [place[above], np.flatnonzero(three[:-1] & three[1:]), np.flatnonzero(blank[:-1] & blank[1:])]
+    )
 
 
 def _pixels(cell: np.ndarray, where: str) -> np.ndarray:

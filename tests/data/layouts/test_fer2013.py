@@ -345,6 +345,33 @@ class TestPixelFiles:
         with pytest.raises(DataError, match=rf"fer2013\.csv, {message}"):
             fer2013.images(fer2013.read(tree)).read(np.arange(9))
 
+    @pytest.mark.parametrize(
+        ("row", "place", "number", "found"),
+        [
+            (0, 0, "99999", "expected pixels from 0 to 255, found 99999"),
+            (3, 2303, "256", "expected pixels from 0 to 255, found 256"),
+            (4, 1000, "260", "expected pixels from 0 to 255, found 260"),
+            (5, 7, "1000", "expected pixels from 0 to 255, found 1000"),
+            (8, 1, "", "expected 2304 pixels, found 2303"),
+        ],
+    )
+    def test_reading_the_table_looks_at_every_pixel(self, tree, row, place, number, found):
+        numbers = cell(row).split()
+        numbers[place] = number
+        edit(tree / "fer2013.csv", cell(row), " ".join(numbers))
+        with pytest.raises(DataError, match=rf"fer2013\.csv, line {row + 2}: {found}"):
+            fer2013.read(tree)
+
+    def test_pixels_are_looked_at_one_by_one_in_rows_that_look_wrong_alone(self, tree, monkeypatch):
+        numbers = ["255", "0", "25", *cell(2).split()[3:]]
+        edit(tree / "fer2013.csv", cell(2), " ".join(numbers))
+
+        def slow(*_):
+            raise AssertionError("a well-formed row was looked at again")
+
+        monkeypatch.setattr(fer2013, "_pixels", slow)
+        assert len(fer2013.read(tree)) == 9
+
     def test_a_file_that_was_cut(self, tree):
         data = (tree / "fer2013.csv").read_bytes()
         (tree / "fer2013.csv").write_bytes(data[: len(data) - 5000])
