@@ -39,7 +39,7 @@ train: $(STAMP)
 	$(BIN)/affect train experiment=first_run
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
