@@ -12,7 +12,7 @@ import inspect
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,12 +28,16 @@ from affect.data import faces
 from affect.data.check import SYNTHETIC
 from affect.data.faces import FaceDials, FaceImages
 from affect.data.layouts import faces as source
-from affect.data.table import FaceTable
+from affect.data.table import ColumnLike, FaceTable
 from affect.errors import ConfigError, near
 from affect.files import replacing
+from affect.labels import SCHEMES
 
 FEWEST = 12
 """Faces that a layout needs, so that each of its parts has some."""
+
+LARGEST = 256
+"""Sides of official pictures up to which faces are drawn in their size; whole frames would be large for nothing."""
 
 _AT_ONCE = 16
 
@@ -121,6 +125,9 @@ class Tree:
     def write(self, dials: FaceDials, seed: int, count: int) -> FaceTable:
         """Write the tree and return its table; the same call again gives the same files.
 
+        Pictures have the size of the official ones, where all of these have one of up to ``LARGEST``: the faces are
+        drawn in it, whatever ``dials.image_size`` is, and the middle is cut out where it is no square.
+
         Raises:
             ConfigError: If the folder holds anything else, or ``count`` is too small.
         """
@@ -129,11 +136,23 @@ class Tree:
                 f"dataset.count={count}: a layout needs at least {FEWEST} faces, so that each part has some"
             )
         self._claim(dials, seed, count)
-        dressed = self.module.dress(source.read(dials, seed, count), **self._fitting(self.module.dress))
+        width, height = self._size() or (dials.image_size, dials.image_size)
+        dials = replace(dials, image_size=max(width, height))
+        left, top = (dials.image_size - width) // 2, (dials.image_size - height) // 2
+        drawn = _moved(source.read(dials, seed, count), left, top)
+        dressed = self.module.dress(drawn, **self._fitting(self.module.dress))
         with tqdm(total=len(dressed.rows), desc=self.name, unit="face") as bar:
-            images = _Drawn(FaceImages(dials, seed), dressed.rows, bar)
+            window = slice(top, top + height), slice(left, left + width)
+            images = _Drawn(FaceImages(dials, seed), dressed.rows, bar, window)
             self.module.write(dressed.table, self.out, images=images, **self._fitting(self.module.write))
         return dressed.table
+
+    def _size(self) -> tuple[int, int] | None:
+        """Return width and height of the official pictures; None where they have no one size, or a large one."""
+        expected = getattr(self.module, "expected", None)
+        entries = () if expected is None else expected(**self._fitting(expected))
+        size = next((entry.value for entry in entries if entry.key == "size"), None)
+        return (int(size[0]), int(size[1])) if isinstance(size, tuple) and max(size) <= LARGEST else None
 
     def _fitting(self, function: Any) -> dict[str, Any]:  # noqa: ANN401
         known = inspect.signature(function).parameters
@@ -167,6 +186,16 @@ class Tree:
         return [shlex.join(["affect", *words]) for words in commands]
 
 
+def _moved(table: FaceTable, left: int, top: int) -> FaceTable:
+    """Return the faces with their points and boxes in pictures that lack ``left`` columns and ``top`` rows."""
+    places = [name for name in ("box", *(scheme.column for scheme in SCHEMES.values())) if name in table.names]
+    moved: dict[str, ColumnLike] = {}
+    for name in places:
+        values, known = table.numbers(name)
+        moved[name] = (values - np.tile(np.array([left, top], np.float32), values.shape[1] // 2), known)
+    return table.with_columns(moved) if left or top else table
+
+
 class _Drawn:
     """Pictures of the rows of a dressed table, a bar beside them.
 
@@ -174,16 +203,17 @@ class _Drawn:
         images: Pictures of the built-in faces.
         rows: Built-in face of each row ``(N,)``.
         bar: Counts what was drawn.
+        window: Rows and columns of the pictures that are kept.
     """
 
-    def __init__(self, images: FaceImages, rows: np.ndarray, bar: tqdm) -> None:
-        self.images, self.rows, self.bar = images, rows, bar
+    def __init__(self, images: FaceImages, rows: np.ndarray, bar: tqdm, window: tuple[slice, slice]) -> None:
+        self.images, self.rows, self.bar, self.window = images, rows, bar, window
 
     def read(self, rows: np.ndarray) -> list[np.ndarray]:
         found: list[np.ndarray] = []
         wanted = self.rows[rows]
         for start in range(0, len(wanted), _AT_ONCE):
-            found += self.images.read(wanted[start : start + _AT_ONCE])
+            found += [picture[self.window] for picture in self.images.read(wanted[start : start + _AT_ONCE])]
             self.bar.update(len(found) - start)
         return found
 

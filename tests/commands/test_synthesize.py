@@ -71,6 +71,23 @@ def test_a_tree_is_read_back_as_the_dataset(name: str, tmp_path: Path, capfd: py
         assert set(task.wanted()) & table.names or not task.wanted()
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("rafdb", (100, 100)), ("celeba", (178, 218)), ("affectnet", (224, 224)), ("wflw", (48, 48))]
+)
+def test_pictures_have_the_official_size_and_their_points_with_them(
+    name: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    assert synthesize(name, tmp_path) == 0
+    config = configuration.compose("train", [f"dataset={name}", f"dataset.root={tmp_path}"])
+    table = assembly.make(config.dataset.read, "dataset")
+    pictures = FileImages(table).read(np.arange(len(table)))
+    assert {picture.shape[1::-1] for picture in pictures} == {size}
+    for column in {"landmarks_5", "landmarks_68"} & table.names:
+        values, known = table.numbers(column)
+        middle = values[known].reshape(known.sum(), -1, 2).mean((0, 1))
+        assert np.abs(middle / size - 0.5).max() < 0.12, "faces lie about the middle of their pictures"
+
+
 @pytest.mark.parametrize("name", one_per_module())
 def test_a_tree_is_the_same_each_time(name: str, tmp_path: Path) -> None:
     assert synthesize(name, tmp_path / "one") == 0
