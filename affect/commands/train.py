@@ -166,6 +166,27 @@ def check_columns(config: DictConfig, sources: list[Source]) -> None:
                 raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, source.table.names)}")
 
 
+def check_coded(datamodule: FaceDataModule) -> None:
+    """Refuse yes-or-no outputs that no table codes: an action unit by number, an attribute by name.
+
+    Raises:
+        ConfigError: With the first of them and what there is.
+    """
+    names = frozenset().union(*(source.table.names for source in datamodule.sources))
+    for name, task in datamodule.tasks.items():
+        if not task.flags:
+            continue
+        there = task.columns(names)
+        pairs = list(zip(task.outputs, task.wanted(), strict=True))
+        missing = [output for output, column in pairs if column not in there]
+        if missing:
+            known = ", ".join(output for output, column in pairs if column in there)
+            sets = " and ".join(source.name for source in datamodule.sources)
+            raise ConfigError(
+                f"task {name}: {sets} has no label of {', '.join(missing)}; of those asked for it has {known}"
+            )
+
+
 def people_of_init(config: DictConfig) -> dict[str, list[str]]:
     """Return who trained or selected the weights that a run starts from, and those that these started from."""
     return read_release(Path(config.init).expanduser(), list(config.trust), "init").people if config.init else {}
@@ -197,27 +218,6 @@ def join_people(*known: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return the names of several lists of people, sorted, by name space of identities."""
     spaces = sorted({space for people in known for space in people})
     return {space: sorted({name for people in known for name in people.get(space, ())}) for space in spaces}
-
-
-def check_coded(datamodule: FaceDataModule) -> None:
-    """Refuse yes-or-no outputs that no table codes: an action unit by number, an attribute by name.
-
-    Raises:
-        ConfigError: With the first of them and what there is.
-    """
-    names = frozenset().union(*(source.table.names for source in datamodule.sources))
-    for name, task in datamodule.tasks.items():
-        if not task.flags:
-            continue
-        there = task.columns(names)
-        pairs = list(zip(task.outputs, task.wanted(), strict=True))
-        missing = [output for output, column in pairs if column not in there]
-        if missing:
-            known = ", ".join(output for output, column in pairs if column in there)
-            sets = " and ".join(source.name for source in datamodule.sources)
-            raise ConfigError(
-                f"task {name}: {sets} has no label of {', '.join(missing)}; of those asked for it has {known}"
-            )
 
 
 def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
