@@ -357,8 +357,8 @@ class Interrupt(pl.callbacks.Checkpoint):  # Lightning runs this kind last, afte
     def on_train_epoch_end(self, trainer, module):
         raise KeyboardInterrupt
 
-def with_interrupt(config, first):
-    trainer = build(config, first)
+def with_interrupt(*arguments):
+    trainer = build(*arguments)
     trainer.callbacks.append(Interrupt())
     return trainer
 
@@ -460,7 +460,7 @@ def test_the_example_was_used_as_it_is(outside):
     config = (work / "run" / "release" / "config.yaml").read_text()
     assert "my_extension.task.PainLevel" in config
     assert "my_extension.model.AttentionModel" in config
-    assert {path.name for path in work.iterdir()} == {"run", "whole"}
+    assert {path.name for path in work.iterdir()} == {"run", "whole", "runs"}  # runs/cache is the place of tables
 
 
 # ---------------------------------------------------------------------------------------------------- guide

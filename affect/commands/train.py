@@ -174,10 +174,11 @@ def check_coded(datamodule: FaceDataModule) -> None:
     """
     names = frozenset().union(*(source.table.names for source in datamodule.sources))
     for name, task in datamodule.tasks.items():
-        if not task.flags:
+        wanted = task.wanted()
+        if not task.flags or len(wanted) != task.num_outputs:  # a column may stand for several outputs
             continue
         there = task.columns(names)
-        pairs = list(zip(task.outputs, task.wanted(), strict=True))
+        pairs = list(zip(task.outputs, wanted, strict=True))
         missing = [output for output, column in pairs if column not in there]
         if missing:
             known = ", ".join(output for output, column in pairs if column in there)

@@ -53,7 +53,7 @@ from affect.data.archives import SEPARATOR, ShardImages, split_member
 from affect.data.check import is_synthetic
 from affect.data.dataset import alignment_scheme, turned
 from affect.data.images import FileImages, ImageReader, open_pictures
-from affect.data.layouts.common import state
+from affect.data.layouts.common import seen_now, state
 from affect.data.placing import CENTRE, FOUND, NEIGHBOUR, Placed, Placer
 from affect.data.stored import alone
 from affect.data.table import ColumnLike, FaceTable
@@ -726,7 +726,7 @@ def what_changed(table: FaceTable, root: str | Path | None = None, code: str = "
     if not folder.is_dir():
         return None
     for name, seen in delivered.get("files", {}).items():
-        now = state(folder / name)
+        now = seen_now(folder, name)
         if now != seen and (now is not None or not Path(name).is_absolute()):
             return f"{folder / name} is not what was prepared from {delivered['root']}"
     if delivered.get("code") != _digest(code):

@@ -99,7 +99,7 @@ def test_bash_function(environment):
         try 'affect tr'
         try 'affect train dataset='
         COMP_WORDBREAKS=' '
-        try 'affect train dataset=f'
+        try 'affect train dataset=fa'
     """
     shown = shell(environment, "bash", "--norc", "-c", code).splitlines()
     assert shown[0] == "train|"
@@ -147,7 +147,7 @@ def test_zsh_function(environment):
         compdef() { : }
         eval "$(affect --completion zsh)"
         compadd() { print -r -- "$@" }
-        words=(affect train dataset=f); CURRENT=3; _affect
+        words=(affect train dataset=fa); CURRENT=3; _affect
         words=(affect train trainer.max_e); CURRENT=3; _affect
     """
     assert shell(environment, "zsh", "-f", "-c", code).splitlines() == [
@@ -158,5 +158,5 @@ def test_zsh_function(environment):
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_fish_completes(environment):
-    code = "affect --completion fish | source; complete -C 'affect train dataset=f'; complete -C 'affect tr'"
+    code = "affect --completion fish | source; complete -C 'affect train dataset=fa'; complete -C 'affect tr'"
     assert shell(environment, "fish", "--no-config", "-c", code).split() == ["dataset=faces", "train"]

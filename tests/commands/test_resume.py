@@ -61,8 +61,8 @@ def _train_until(folder: Path, step: int) -> None:
 
     build = train.build_trainer
 
-    def with_kill(config: Any, first: list) -> pl.Trainer:
-        trainer = build(config, first)
+    def with_kill(*arguments: Any) -> pl.Trainer:
+        trainer = build(*arguments)
         trainer.callbacks.append(Kill())
         return trainer
 

@@ -320,11 +320,14 @@ def unchanged(table: FaceTable, root: Path) -> bool:
     touched = table.metadata.get("touched")
     if not isinstance(touched, Mapping) or not touched:
         return False
-    return all(
-        (_state_of_files(root / name.removesuffix(_EVERY_FILE)) if name.endswith(_EVERY_FILE) else state(root / name))
-        == seen
-        for name, seen in touched.items()
-    )
+    return all(seen_now(root, name) == seen for name, seen in touched.items())
+
+
+def seen_now(root: Path, name: str) -> list[int] | None:
+    """Return the state of what a reading below ``root`` remembers as ``name``: a file, a folder or all of its files."""
+    if name.endswith(_EVERY_FILE):
+        return _state_of_files(root / name.removesuffix(_EVERY_FILE))
+    return state(root / name)
 
 
 def number_of(cell: str, where: str, integer: bool = False) -> float:
