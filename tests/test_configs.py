@@ -13,7 +13,7 @@ from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from affect import labels
-from affect.commands import assembly, train
+from affect.commands import assembly, figures, train
 from affect.commands.configuration import compose as compose_config
 from affect.commands.configuration import config_directory
 
@@ -145,7 +145,10 @@ def test_every_optimizer_and_schedule_builds(option: str, schedule: str) -> None
 
 
 @pytest.mark.parametrize("callbacks", ["ema", "early_stopping", "learning_rate"])
-def test_every_callback_runs(tiny_run: Callable[..., DictConfig], callbacks: str) -> None:
+def test_every_callback_runs(
+    tiny_run: Callable[..., DictConfig], callbacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
     logger = "logger=csv" if callbacks == "learning_rate" else "logger=none"
     config = tiny_run(f"callbacks=[default,{callbacks}]", "callbacks.progress=null", logger, "task=[au]")
     train.run(config)
@@ -174,10 +177,20 @@ def drawn_trees(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return root
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith("pal_")])
+ELSEWHERE_RUN = ("pal_", "controlled/monet", "controlled/rhls", "controlled/au_", "controlled/thin_digits")
+"""Experiments that other tests run: tests/test_expression_experiments.py, tests/commands/test_reproduce*.py."""
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(ELSEWHERE_RUN)])
 def test_every_experiment_runs_two_batches(
-    name: str, tmp_path: Path, drawn_trees: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    drawn_trees: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if name != "first_run":  # figures are slow, and tested elsewhere
+        monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
     overrides = [
         f"experiment={name}", "debug=fast", "callbacks.progress=null", "trainer.enable_progress_bar=false",
         f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}", "compare=null",

@@ -149,6 +149,7 @@ def test_the_objective_is_chosen_by_its_name_and_left_out_by_null(tmp_path: Path
     assert not (tmp_path / "output" / "figures" / "pal_attribution.png").exists()
 
 
+@pytest.mark.slow
 def test_task_tokens_learn_with_uncertainties_from_partial_labels(tmp_path: Path, trees: Callable[[str], Path]) -> None:
     line = words("task_token_affwild2", tmp_path, trees("affwild2_mtl"))
     config = compose("train", [*line, "encoder.name=test_resnet", "encoder.image_size=96", "encoder.pretrained=false"])

@@ -92,6 +92,7 @@ def test_what_is_missing_is_said(run: Callable[..., Path], tmp_path: Path) -> No
         run(*one, output="d")
 
 
+@pytest.mark.slow
 def test_the_controls_run(run: Callable[..., Path]) -> None:
     given = (*BOTH, "model.exogenous.classes=3", "model.exogenous.random=true", "model.dispelling=0")
     for name, extra in {

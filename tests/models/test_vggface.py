@@ -57,6 +57,7 @@ def original(state, image, layers=13):
     return x, vector
 
 
+@pytest.mark.slow
 def test_activations_are_those_of_the_published_network(encoder, weights):
     image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     seen = {}
@@ -171,6 +172,7 @@ def test_other_networks_are_refused(weights, tmp_path, monkeypatch):
     assert LAYERS["fc8"][0] == IDENTITIES == 2622
 
 
+@pytest.mark.slow
 def test_a_conversion_that_changes_activations_is_refused(encoder, weights, file):
     full = {name: value.float() for name, value in weights.items()}
     full = {name: value.reshape(LAYERS[name.split(".")[0]]) if "weight" in name else value

@@ -14,7 +14,7 @@ from affect.errors import DataError
 from tests.data.layouts.trees import IMAGES, Case, cases, copied, whole
 
 CASES = cases()
-EXAMPLES = 40
+EXAMPLES = 20
 PIECES = (
     *(
         b"",
