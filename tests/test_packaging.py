@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import site
@@ -137,8 +138,13 @@ def check_command(program, tmp_path, **variables):
     foreign = tmp_path / "foreign"
     shown = run(*program, "train", "--help", cwd=foreign, **variables)
     options = {path.stem for path in (ROOT / "conf" / "dataset").glob("*.yaml")}
-    (line,) = [line for line in shown.splitlines() if line.split()[:1] == ["dataset"]]
-    assert {word.lstrip("*") for word in line.split()[1:]} == options
+    # The options of a group begin behind its name and go on in lines that begin further to the right.
+    lines = shown.splitlines()
+    (first,) = [k for k, line in enumerate(lines) if line.split()[:1] == ["dataset"]]
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    rest = itertools.takewhile(lambda line: len(line) - len(line.lstrip()) > indent, lines[first + 1 :])
+    words = " ".join([lines[first], *rest]).split()[1:]
+    assert {word.lstrip("*") for word in words} == options
     composed = run(*program, "train", "--cfg", "experiment=first_run", cwd=foreign, **variables)
     assert "\nname: first_run\n" in composed
     assert list(foreign.iterdir()) == []
