@@ -181,16 +181,15 @@ class _Zip:
         os.close(self._file)
 
 
-class ZipImages(_ArchiveImages[_Zip]):
-    """Images in ZIP files.
+class _Packed(_Closable, Protocol):
+    def data(self, member: str) -> np.ndarray: ...
 
-    Args:
-        table: The table.
-        root: Folder that the paths are relative to; None takes the table's root.
-    """
 
-    def _opening(self) -> _OpenArchives[_Zip]:
-        return _OpenArchives(_Zip, MOST_OPEN)
+PackedArchive = TypeVar("PackedArchive", bound=_Packed)
+
+
+class _EncodedImages(_ArchiveImages[PackedArchive]):
+    """Images whose encoded bytes an archive gives by member."""
 
     def open(self, rows: np.ndarray) -> list[Picture]:
         pictures = []
@@ -201,6 +200,18 @@ class ZipImages(_ArchiveImages[_Zip]):
             else:
                 pictures.append(open_encoded(self._archives.get(path).data(member), _shown(path, member)))
         return pictures
+
+
+class ZipImages(_EncodedImages[_Zip]):
+    """Images in ZIP files.
+
+    Args:
+        table: The table.
+        root: Folder that the paths are relative to; None takes the table's root.
+    """
+
+    def _opening(self) -> _OpenArchives[_Zip]:
+        return _OpenArchives(_Zip, MOST_OPEN)
 
 
 def _shown(path: Path, member: str) -> Path:
@@ -334,7 +345,7 @@ class _Shard:
         self._file = None
 
 
-class ShardImages(_ArchiveImages[_Shard]):
+class ShardImages(_EncodedImages[_Shard]):
     """Encoded images in Arrow shards: a few large files where a file system chokes on millions of small ones.
 
     Args:
@@ -344,13 +355,3 @@ class ShardImages(_ArchiveImages[_Shard]):
 
     def _opening(self) -> _OpenArchives[_Shard]:
         return _OpenArchives(_Shard, MOST_OPEN)
-
-    def open(self, rows: np.ndarray) -> list[Picture]:
-        pictures = []
-        for archive, member in self._names(rows):
-            path = self.root / archive
-            if member is None:
-                pictures.append(open_picture(path))
-            else:
-                pictures.append(open_encoded(self._archives.get(path).data(member), _shown(path, member)))
-        return pictures
