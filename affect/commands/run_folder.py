@@ -32,7 +32,8 @@ SELECTION = "selection"
 
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "controlled", "reference", "trust", "group_by", "bootstrap", "hydra"),
-    *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder", "data.num_workers"),
+    *("figures", "data.num_workers"),
+    *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
     *("dataset.expected", "dataset.sources.*.expected", "accept"),
     *("trainer.enable_*", "trainer.log_every_n_steps"),

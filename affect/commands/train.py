@@ -346,10 +346,12 @@ def _train(
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
-    figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
+    if config.get("figures", True):
+        figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
     write_json(output / RESULTS, results)
     print_results(console, results)
-    console.print(f"[bold]{output}[/bold]: results.json, predictions/, figures/, release/")
+    drawn = ", figures/" if config.get("figures", True) else ""
+    console.print(f"[bold]{output}[/bold]: results.json, predictions/{drawn}, release/")
     console.print(f"next: affect predict checkpoint={output} input=photo.jpg", soft_wrap=True)
     return selection["score"]
 

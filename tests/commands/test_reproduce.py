@@ -32,11 +32,13 @@ def reproduce(tmp_path: Path, *words: str) -> int:
 def test_every_experiment_of_action_units_runs_on_the_quick_scale(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)  # slow, and tested elsewhere
+    drawn: list[object] = []
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: drawn.append(arguments))
     assert reproduce(tmp_path, f"experiment=controlled/{name}") in (0, None)
     out = tmp_path / "reproduce" / name / "quick"
     stored = json.loads((out / "reproduce.json").read_text())
     assert (out / "figure.png").stat().st_size > 1000
+    assert not drawn, "a controlled experiment has one figure; those of its many runs cost seconds each"
     assert stored["claim"] in (out / "table.md").read_text()
     for label, cells in stored["measures"].items():
         found = [value for arm in cells.values() for value in arm["values"].values()]
