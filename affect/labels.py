@@ -224,6 +224,20 @@ _PAIRS_49 = [
     *[(31, 37), (32, 36), (33, 35), (38, 42), (39, 41)],
     *[(43, 45), (46, 48)],
 ]
+_PAIRS_29 = [
+    *[(0, 1), (2, 3), (4, 6), (5, 7)],
+    *[(8, 9), (10, 11), (12, 14), (13, 15), (16, 17)],
+    *[(18, 19), (22, 23)],
+]
+_PAIRS_106 = [
+    *_mirror(0, 32),
+    *[(33, 46), (34, 45), (35, 44), (36, 43), (37, 42), (38, 50), (39, 49), (40, 48), (41, 47)],
+    *_mirror(55, 65),
+    *[(66, 79), (67, 78), (68, 77), (69, 76), (70, 75), (71, 82), (72, 81), (73, 80), (74, 83)],
+    *_mirror(84, 90),
+    *[(91, 95), (92, 94)],
+    *[(96, 100), (97, 99), (101, 103), (104, 105)],
+]
 
 SCHEMES = MappingProxyType(
     {
@@ -231,9 +245,15 @@ SCHEMES = MappingProxyType(
         "98": LandmarkScheme("98", 98, _swap(98, _PAIRS_98), (60, 72), tuple(range(60, 68)), tuple(range(68, 76))),
         "49": LandmarkScheme("49", 49, _swap(49, _PAIRS_49), (19, 28), tuple(range(19, 25)), tuple(range(25, 31))),
         "5": LandmarkScheme("5", 5, _swap(5, [(0, 1), (3, 4)]), (0, 1), (0,), (1,)),
+        "29": LandmarkScheme("29", 29, _swap(29, _PAIRS_29), (8, 9), (16,), (17,)),
+        "106": LandmarkScheme("106", 106, _swap(106, _PAIRS_106), (66, 79), tuple(range(66, 74)), tuple(range(75, 83))),
     }
 )
-"""Landmark schemes: iBUG 68, WFLW 98, the 49 inner points without inner mouth corners, CelebA 5."""
+"""Landmark schemes: iBUG 68, WFLW 98, the 49 inner points without inner mouth corners, CelebA 5, COFW 29, LaPa 106.
+
+The eyes of COFW are its two annotated pupils. Pairs and corners of 29 and 106 are those of MMPose's data set files
+(``configs/_base_/datasets/cofw.py`` and ``lapa.py``); HRNet's table of COFW agrees.
+"""
 
 INNER_51 = tuple(range(17, 68))
 """The points of scheme 68 without the jaw line, on which providers agree best."""

@@ -30,6 +30,8 @@ def test_points_that_stay_under_a_flip_are_those_of_the_midline() -> None:
 
     assert fixed("68") == [8, 27, 28, 29, 30, 33, 51, 57, 62, 66]
     assert fixed("98") == [16, 51, 52, 53, 54, 57, 79, 85, 90, 94]
+    assert fixed("29") == [20, 21, *range(24, 29)]
+    assert fixed("106") == [16, *range(51, 55), 60, 87, 93, 98, 102]
 
 
 def test_the_49_points_swap_as_in_the_literature() -> None:
@@ -40,6 +42,17 @@ def test_49_points_are_the_inner_points_of_68_without_the_inner_mouth_corners() 
     inner = [k for k in range(17, 68) if k not in (60, 64)]
     swap_68, swap_49 = labels.SCHEMES["68"].swap, labels.SCHEMES["49"].swap
     assert [inner.index(swap_68[k]) for k in inner] == list(swap_49)
+
+
+def test_29_and_106_points_swap_as_published() -> None:
+    """HRNet's one-based pairs of COFW; of LaPa brows, eyelids and lips, whose pairs do not run along the contour."""
+    cofw = ((1, 2), (5, 7), (3, 4), (6, 8), (9, 10), (11, 12), (13, 15), (17, 18), (14, 16), (19, 20), (23, 24))
+    swap = labels.SCHEMES["29"].swap
+    assert {(a - 1, b - 1) for a, b in cofw} == {(k, p) for k, p in enumerate(swap) if k < p}
+    lapa = labels.SCHEMES["106"].swap
+    assert [lapa[k] for k in (33, 38, 41, 66, 70, 71, 73, 74, 104)] == [46, 50, 47, 79, 75, 82, 80, 83, 105]
+    assert [lapa[k] for k in (84, 91, 92, 96, 97, 101, 55, 59)] == [90, 95, 94, 100, 99, 103, 65, 61]
+    assert sum(k != p for k, p in enumerate(lapa)) == 106 - 10
 
 
 @pytest.mark.parametrize(
