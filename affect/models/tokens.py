@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError, near
-from affect.models.base import AffectModule, Batch
+from affect.models.base import AffectModule, Batch, held_out
 from affect.tasks import Task
 
 TokenPlan = Literal["method", "task", "output"]
@@ -155,7 +155,7 @@ class Tokens(nn.Module):
 
     def forward(self, patches: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return tokens ``(B, K, d)`` and the attention of each cross layer on patches ``(B, heads, K, N)``."""
-        x = (self.table + self.bias).expand(len(patches), -1, -1)
+        x = (self.table + self.bias).expand(patches.shape[0], -1, -1)
         seen = []
         for own, cross in zip(self.own, self.cross, strict=True):
             x = own(x, x)[0]
@@ -305,7 +305,8 @@ class TokenModule(AffectModule):
 
         The mean is over faces of the test part, or of the validation part without one.
         """
-        batches = next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+        told = super().examine(loader)
+        batches = held_out(loader)
         total: dict[str, Tensor] = {}
         rows = 0
         for batch in batches or ():
@@ -313,9 +314,9 @@ class TokenModule(AffectModule):
                 total[name] = maps.double().sum(0) + total.get(name, 0)
             rows += len(batch.image)
         if not rows:
-            return {}
+            return told
         names = token_names(self.tasks, self.transformer.spans)
-        return {
+        return told | {
             "attention": {
                 task: dict(zip(names[task], (maps / rows).tolist(), strict=True)) for task, maps in total.items()
             }

@@ -32,7 +32,7 @@ def tree_gate(decisions: Tensor) -> Tensor:
     """
     leaves = decisions.shape[1]
     require_leaves(leaves)
-    weights, first = decisions.new_ones(len(decisions), 1), 1
+    weights, first = decisions.new_ones(decisions.shape[0], 1), 1
     while weights.shape[1] < leaves:
         width = weights.shape[1]
         left = decisions[:, first : first + width]  # the nodes of this level

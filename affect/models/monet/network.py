@@ -129,7 +129,7 @@ class TaskCells(nn.Module):
             unknown: What stands for a label that is not known: the model's own ``draw``, without gradient, or ``zero``,
                 the vector of no label.
         """
-        batch, tasks = len(state), self.tasks
+        batch, tasks = state.shape[0], self.tasks  # len() would fix the batch size of an exported graph
         shared = orders.ndim == 2
         count = orders.shape[-2]
         base, table = self.label_tables()
@@ -328,7 +328,9 @@ class MultiOrder(nn.Module):
             drawn = torch.multinomial(weights, len(state) * len(self.order_uniforms), replacement=True)
             logits = self.cells(state, self.orders[drawn.view(len(state), -1)])
         else:
-            drawn = torch.searchsorted(weights.cumsum(0), self.order_uniforms).clamp(max=len(weights) - 1)
+            # The place of each uniform among the sums of weights, counted: exported graphs know no search.
+            below = weights.cumsum(0)[:, None] < self.order_uniforms
+            drawn = below.sum(0).clamp(max=len(weights) - 1)
             logits = self.cells(state, self.orders[drawn], uniforms=self.label_uniforms)
         return mean_logit(logits.float(), 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError, near
-from affect.models.base import AffectModule, Batch, Objective
+from affect.models.base import AffectModule, Batch, Objective, held_out
 from affect.models.baseline.network import Heads
 from affect.models.thin.loss import Dispelling, absolute_cosine
 from affect.models.thin.network import (
@@ -260,20 +260,20 @@ class Thin(AffectModule):
         """Return the weight of each expert ``(B, L)``; rows sum to 1."""
         grid = streams.endogenous
         count = len(self.experts.kernels[0])
-        even = grid.new_full((len(grid), count), 1 / count)
+        even = grid.new_full((grid.shape[0], count), 1 / count)
         if self.gate_kind == "oracle":
             target = batch.targets.get(self.exogenous_task or "")
             if target is None:
                 return even
             known = batch.masks[self.exogenous_task or ""].any(1, keepdim=True)
             chosen = torch.where(known, F.one_hot(target.argmax(1), count).to(even), even)
-            return chosen[self._partner(len(grid), grid.device)]
+            return chosen[self._partner(grid.shape[0], grid.device)]
         if self.gate is None:
             return even
         source = grid if self.gate_kind == "endogenous" else streams.exogenous
         assert source is not None
         features = source.mean((2, 3)) if self.exogenous is None else self.exogenous.read(source, self.reads)
-        return self.gate(features[self._partner(len(grid), grid.device)])
+        return self.gate(features[self._partner(grid.shape[0], grid.device)])
 
     def _partner(self, size: int, device: torch.device) -> Tensor:
         """Return whose features each image's gate reads ``(B,)``: its own, or in the control those of another."""
@@ -296,13 +296,14 @@ class Thin(AffectModule):
         the validation part without one. Classes are the true ones where the exogenous task is among the tasks, and
         else what the frozen stream takes an image for.
         """
+        told = super().examine(loader)
         if self.exogenous is None:
-            return {}
-        batches = next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+            return told
+        batches = held_out(loader)
         if batches is None:
-            return {}
+            return told
         held = self._collect(batches)
-        found: dict[str, Any] = {
+        found: dict[str, Any] = told | {
             "dispelling": {"abs_cos": float(held.cosine.double().mean()), "rows": len(held.cosine)},
             "gate": self._usage(held),
         }
