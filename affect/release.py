@@ -8,10 +8,13 @@
 ``preprocess.json``    crop recipe, image size, channel order, mean and standard deviation
 ``metrics.json``       the metrics of the run that made it
 ``README.md``          model card
+``people.json``        who trained or selected it, by name space of identities; hashed in what ``affect release`` writes
+``training.json``      dataset, protocol and rule of selection, where ``affect release`` wrote the folder
 ===================  ==============================================================================
 
 A release from a stranger cannot run code or reach the network: its config is plain YAML, every ``_target_`` must name a
-public class of this package or of a package that the user trusts by name, and weights come from safetensors only.
+public class of this package or of a package that the user trusts by name, and weights come from safetensors only. Nor
+can it take the machine's memory by a few lines: texts are limited, and so are the tensors that a config asks for.
 """
 
 from __future__ import annotations
@@ -19,17 +22,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+import torch
 from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from torch.utils._python_dispatch import TorchDispatchMode
 from affect.errors import CheckpointError
 from affect.files import replacing, save_tensors
 from affect.models.base import AffectModule
@@ -49,7 +56,19 @@ FILE_KEYS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cac
 """Arguments of timm that read files or addresses; a release has no use for them."""
 
 MODEL, CONFIG, LABELS, PREPROCESS = "model.safetensors", "config.yaml", "labels.json", "preprocess.json"
-METRICS, CARD, PEOPLE = "metrics.json", "README.md", "people.json"
+METRICS, CARD, PEOPLE, TRAINING = "metrics.json", "README.md", "people.json", "training.json"
+FILES = (MODEL, CONFIG, LABELS, PREPROCESS, METRICS, CARD, PEOPLE, TRAINING)
+"""Every file of a release."""
+
+TEXT_BYTES, TEXT_NODES = 64 << 20, 5_000_000
+"""Largest text of a release, and most values that it may stand for: YAML can name one node many times."""
+
+SPARE_BYTES = 1 << 30
+"""What a config may ask for in tensors beyond twice the bytes of the weights: buffers that are made, not stored."""
+
+PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
+"""Names of tasks and datasets, which become columns and folders."""
+
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,8 @@ class Release:
 
     folder: Path
     config: dict[str, Any]
+        training: Nodes ``dataset``, ``protocol``, ``selection``, ``prepare`` and ``data`` of its run without paths, and
+            what is to be known of the training; empty where it lies in its run.
     labels: dict[str, list[str]]
     preprocess: dict[str, Any]
     metrics: dict[str, Any]
@@ -77,6 +98,7 @@ class Release:
 
 def write_release(
     folder: Path,
+    training: dict[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     labels: Mapping[str, Sequence[str]],
@@ -88,6 +110,7 @@ def write_release(
     """Write a release folder; each file atomically, the weights last, so that a partial folder is never read."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = release_config(config)
+    training: Mapping[str, Any] | None = None,
     texts = {
         CONFIG: yaml.safe_dump(plain, sort_keys=False),
         LABELS: json.dumps({name: list(names) for name, names in labels.items()}, indent=1),
@@ -100,6 +123,8 @@ def write_release(
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
     save_tensors(folder / MODEL, dict(state))
+    if training:
+        texts[TRAINING] = json.dumps(dict(training), indent=1)
 
 
 def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,23 +197,13 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
         if not (folder / name).is_file():
             hint = " (the run is not finished)" if (folder / "last.ckpt").exists() else ""
             raise CheckpointError(f"{what}={folder}: no {name} in it{hint}; give the folder of a run or of a release")
-    try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        labels = json.loads((folder / LABELS).read_text(encoding="utf-8"))
-        preprocess = json.loads((folder / PREPROCESS).read_text(encoding="utf-8"))
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8")) if (folder / METRICS).is_file() else {}
-        people = json.loads((folder / PEOPLE).read_text(encoding="utf-8")) if (folder / PEOPLE).is_file() else {}
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{what}={folder}: {str(error).splitlines()[0]}") from error
+    config, labels, preprocess = (read_plain(folder / name) for name in (CONFIG, LABELS, PREPROCESS))
+    metrics, people, training = (
+        read_plain(folder / name) if (folder / name).is_file() else {} for name in (METRICS, PEOPLE, TRAINING)
+    )
     if not isinstance(config, dict) or set(config) != {"task", "model"}:
         raise CheckpointError(f"{folder / CONFIG}: must hold the nodes task and model and nothing else")
-    named = isinstance(labels, dict) and isinstance(config["task"], dict) and set(labels) == set(config["task"])
-    if not named or not all(isinstance(names, list) for names in labels.values()):
-        raise CheckpointError(f"{folder / LABELS}: must give a list of output names for each task of {CONFIG}")
-    if not isinstance(people, dict) or not all(isinstance(names, list) for names in people.values()):
-        raise CheckpointError(f"{folder / PEOPLE}: must give a list of names for each name space of people")
-    _check_preprocess(preprocess, folder / PREPROCESS)
-    check_config(config, trust, str(folder / CONFIG))
+    check_texts(config, labels, preprocess, people, training, trust, lambda name: str(folder / name))
     try:
         state = load_file(folder / MODEL)
     except (SafetensorError, OSError, ValueError) as error:
@@ -197,10 +212,153 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{folder / MODEL}: tensor {name} holds values that are not finite")
     config["model"] = _without_weights(config["model"])
-    return Release(folder, config, labels, preprocess, metrics, state, people)
+    return Release(folder, config, labels, preprocess, metrics, state, people, training)
 
 
-def _check_preprocess(preprocess: Any, where: Path) -> None:  # noqa: ANN401
+def read_plain(path: Path) -> Any:  # noqa: ANN401
+    """Return the values of a YAML or JSON file of a stranger.
+
+    Raises:
+        CheckpointError: If it is no such file, larger than a release's texts are, or stands for itself.
+    """
+    if path.stat().st_size > TEXT_BYTES:
+        raise CheckpointError(f"{path}: larger than {TEXT_BYTES >> 20} MB, which no text of a release is")
+    try:
+        return parse_plain(path.read_text(encoding="utf-8"), str(path), path.suffix in (".yaml", ".yml"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: no text ({error})") from error
+
+
+def parse_plain(text: str, where: str, is_yaml: bool = False) -> Any:  # noqa: ANN401
+    """Return the values of a text of a stranger, in JSON or YAML; arguments as ``read_plain`` makes them."""
+    try:
+        found = yaml.safe_load(text) if is_yaml else json.loads(text)
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: nested too deep") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # among them impossible numbers and dates
+        raise CheckpointError(f"{where}: {_first_line(error)}") from error
+    require_finite_size(found, where)
+    return found
+
+
+def require_finite_size(node: Any, where: str) -> None:  # noqa: ANN401
+    """Refuse nodes that contain themselves, are nested too deep, or are named so often that a walk takes for ever.
+
+    Raises:
+        CheckpointError: If there are such nodes.
+    """
+    sizes: dict[int, int] = {}
+    stack: list[tuple[Any, int, bool]] = [(node, 0, False)]
+    while stack:
+        one, depth, done = stack.pop()
+        if not isinstance(one, dict | list):
+            continue
+        children = list(one.values()) if isinstance(one, dict) else one
+        if done:
+            sizes[id(one)] = 1 + sum(sizes.get(id(child), 1) for child in children)
+            if sizes[id(one)] > TEXT_NODES:
+                raise CheckpointError(f"{where}: stands for more than {TEXT_NODES} values")
+        elif depth > 100:
+            raise CheckpointError(f"{where}: nested too deep")
+        elif sizes.get(id(one)) == 0:
+            raise CheckpointError(f"{where}: a node contains itself")
+        elif id(one) not in sizes:
+            sizes[id(one)] = 0  # open: whoever meets it before it is done lies inside it
+            stack.append((one, depth, True))
+            stack += [(child, depth + 1, False) for child in children]
+
+
+def check_texts(
+    config: Mapping[str, Any],
+    labels: Any,  # noqa: ANN401
+    preprocess: Any,  # noqa: ANN401
+    people: Any,  # noqa: ANN401
+    training: Any,  # noqa: ANN401
+    trust: Sequence[str],
+    where: Callable[[str], str],
+) -> None:
+    """Refuse what a release's texts may not say.
+
+    Args:
+        config: Nodes ``task`` and ``model``.
+        labels: What ``labels.json`` holds.
+        preprocess: What ``preprocess.json`` holds.
+        people: What ``people.json`` holds.
+        training: What ``training.json`` holds.
+        trust: Packages whose classes the config may name.
+        where: Says where the text of a file's name comes from.
+
+    Raises:
+        CheckpointError: With the first thing that is wrong.
+    """
+    tasks = config["task"]
+    named = isinstance(labels, dict) and isinstance(tasks, dict) and set(labels) == set(tasks)
+    if not named or not all(_are_texts(names) for names in labels.values()):
+        raise CheckpointError(f"{where(LABELS)}: must give a list of output names for each task of {CONFIG}")
+    for name in tasks:
+        require_plain_name(name, "a task", where(CONFIG))
+    if not isinstance(people, dict) or not all(_are_texts(names) for names in people.values()):
+        raise CheckpointError(f"{where(PEOPLE)}: must give a list of names for each name space of people")
+    _check_preprocess(preprocess, where(PREPROCESS))
+    check_config(config, trust, where(CONFIG))
+    check_training(training, trust, where(TRAINING))
+
+
+def check_training(training: Any, trust: Sequence[str], where: str) -> None:  # noqa: ANN401
+    """Refuse a description of a training that could run code, or read or write files of its choice.
+
+    Raises:
+        CheckpointError: With the first thing that is wrong.
+    """
+    if not isinstance(training, dict) or (
+        training and not all(isinstance(training.get(key), dict) for key in ("dataset", "protocol"))
+    ):
+        raise CheckpointError(f"{where}: must hold dataset and protocol")
+    if not training:
+        return
+    check_config(training, trust, where, dataset=True)
+    for place, text in _texts(training, ""):
+        if _is_path(text):
+            raise CheckpointError(f"{where}: {place}={text!r}: paths are not allowed there")
+    dataset = training["dataset"]
+    sources = dataset.get("sources") or {}
+    for node in (dataset, *(sources.values() if isinstance(sources, dict) else ())):
+        if isinstance(node, dict) and (node is dataset or node.get("name") is not None):
+            require_plain_name(node.get("name"), "a dataset", where)
+
+
+def require_plain_name(name: Any, what: str, where: str) -> None:  # noqa: ANN401
+    """Refuse a name from a stranger that would be more than the name of a column or of one folder.
+
+    Raises:
+        CheckpointError: If it has other signs than letters, digits, spaces, ``_``, ``.``, ``+`` and ``-``.
+    """
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+        raise CheckpointError(f"{where}: {what} cannot be named {name!r}")
+
+
+def _texts(node: Any, path: str) -> Iterator[tuple[str, str]]:  # noqa: ANN401
+    """Yield place and text of every text inside a node."""
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _texts(value, f"{path}[{index}]")
+
+
+def _is_path(text: str) -> bool:
+    """Return whether a text is a path out of the current folder."""
+    return text.startswith(("/", "~", "\\")) or ".." in re.split(r"[/\\]", text)
+
+
+def _are_texts(names: Any) -> bool:  # noqa: ANN401
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def _check_preprocess(preprocess: Any, where: str) -> None:  # noqa: ANN401
     if not isinstance(preprocess, dict):
         raise CheckpointError(f"{where}: must hold image_size and recipe")
     size, recipe = preprocess.get("image_size"), preprocess.get("recipe")
@@ -246,8 +404,7 @@ def check_config(
     elif isinstance(node, str):
         if "${" in node:
             raise CheckpointError(f"{where}: {path}={node!r}: interpolation is not allowed in a checkpoint's config")
-        local = node.startswith(("/", "~", "\\")) or ".." in node.split("/")
-        if "://" in node or node.startswith(("hf-hub:", "local-dir:")) or (local and not dataset):
+        if "://" in node or node.startswith(("hf-hub:", "local-dir:")) or (_is_path(node) and not dataset):
             raise CheckpointError(f"{where}: {path}={node!r}: paths and addresses are not allowed there")
     elif not (node is None or isinstance(node, bool | int | float)):
         raise CheckpointError(f"{where}: {path} holds a {type(node).__name__}; only plain values are allowed")
@@ -332,10 +489,12 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
         CheckpointError: If the config does not build, or tensors are missing or have another shape.
     """
     try:
-        module = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
+        with _Limited(2 * stored + SPARE_BYTES):
+            module = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
     except Exception as error:
         raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
     try:
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
         module.load_release_state(release.state)
     except RuntimeError as error:
         raise CheckpointError(f"{release.folder / MODEL}: does not fit its config: {_first_line(error)}") from error
@@ -347,6 +506,31 @@ def _inner(error: BaseException) -> str:
         error = error.__cause__
     return _first_line(error) + _import_hint(error)
 
+
+
+class _Limited(TorchDispatchMode):
+    """Refuses to make tensors that together are larger than a limit, before memory is asked for.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.made = limit, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        name = func.overloadpacket.__name__
+        size: Any = ()
+        if name in ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "expand_copy"):
+            size = next((one for one in args if isinstance(one, list | tuple | torch.Size)), ())
+        elif name in ("arange", "linspace", "logspace", "eye", "randperm"):  # the largest number bounds the length
+            length = max((abs(int(one)) for one in args if isinstance(one, int | float)), default=0)
+            size = [length, length] if name == "eye" else [length]
+        self.made += torch.get_default_dtype().itemsize * math.prod(size) if size else 0
+        if self.made > self.limit:
+            raise CheckpointError(f"asks for tensors of more than {self.limit >> 20} MB, far more than its weights")
+        return func(*args, **(kwargs or {}))
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
