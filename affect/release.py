@@ -3,13 +3,14 @@
 
 ===================  ==============================================================================
 ``model.safetensors``  weights that prediction needs
-``config.yaml``        plain YAML: the nodes ``task`` and ``model``, with every name written out
+``config.yaml``        plain YAML: the nodes ``task`` and ``model``, with every name written out; a compressed model
+                       has a node ``compression`` too
 ``labels.json``        the name of each output, by task
 ``preprocess.json``    crop recipe, image size, channel order, mean and standard deviation
 ``metrics.json``       the metrics of the run that made it
-``README.md``          model card
 ``people.json``        who trained or selected it, by name space of identities; hashed in what ``affect release`` writes
 ``training.json``      dataset, protocol and rule of selection, where ``affect release`` wrote the folder
+``README.md``          model card
 ===================  ==============================================================================
 
 A release from a stranger cannot run code or reach the network: its config is plain YAML, every ``_target_`` must name a
@@ -29,14 +30,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 import torch
+import yaml
 from hydra.utils import instantiate
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from affect.compression.structure import apply_structure
 from affect.errors import CheckpointError
 from affect.files import replacing, save_tensors
 from affect.models.base import AffectModule
@@ -69,6 +71,8 @@ SPARE_BYTES = 1 << 30
 PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 """Names of tasks and datasets, which become columns and folders."""
 
+COMPRESSION = "compression"
+"""Node of a config that says how the layers of a compressed model differ from those that its node ``model`` builds."""
 
 
 @dataclass(frozen=True)
@@ -77,28 +81,28 @@ class Release:
 
     Attributes:
         folder: Where it was read.
-        config: Plain nodes ``task`` and ``model``.
+        config: Plain nodes ``task`` and ``model``, and ``compression`` for a compressed model.
         labels: Output names by task.
         preprocess: Crop recipe, image size, channel order, mean, standard deviation.
         metrics: What the run measured.
         state: Weights.
         people: Who trained or selected the model, by name space of identities; evaluation refuses to test on them.
+        training: Nodes ``dataset``, ``protocol``, ``selection``, ``prepare`` and ``data`` of its run without paths, and
+            what is to be known of the training; empty where it lies in its run.
     """
 
     folder: Path
     config: dict[str, Any]
-        training: Nodes ``dataset``, ``protocol``, ``selection``, ``prepare`` and ``data`` of its run without paths, and
-            what is to be known of the training; empty where it lies in its run.
     labels: dict[str, list[str]]
     preprocess: dict[str, Any]
     metrics: dict[str, Any]
     state: dict[str, Tensor]
     people: dict[str, list[str]] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 def write_release(
     folder: Path,
-    training: dict[str, Any] = field(default_factory=dict)
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
     labels: Mapping[str, Sequence[str]],
@@ -106,11 +110,11 @@ def write_release(
     metrics: Mapping[str, Any],
     card: str,
     people: Mapping[str, Sequence[str]] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a release folder; each file atomically, the weights last, so that a partial folder is never read."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = release_config(config)
-    training: Mapping[str, Any] | None = None,
     texts = {
         CONFIG: yaml.safe_dump(plain, sort_keys=False),
         LABELS: json.dumps({name: list(names) for name, names in labels.items()}, indent=1),
@@ -119,12 +123,12 @@ def write_release(
         PEOPLE: json.dumps({space: list(names) for space, names in (people or {}).items()}, indent=1),
         CARD: card,
     }
+    if training:
+        texts[TRAINING] = json.dumps(dict(training), indent=1)
     for name, text in texts.items():
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
     save_tensors(folder / MODEL, dict(state))
-    if training:
-        texts[TRAINING] = json.dumps(dict(training), indent=1)
 
 
 def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +137,8 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, node in config["task"].items():
         tasks[name] = {k: v for k, v in node.items() if k not in ("loss", "target")}
     model = {k: v for k, v in config["model"].items() if k not in ("objectives", "weighting")}
-    return {"task": tasks, "model": _without_weights(model)}
+    plain = {"task": tasks, "model": _without_weights(model)}
+    return plain | ({COMPRESSION: config[COMPRESSION]} if config.get(COMPRESSION) else {})
 
 
 def with_statistics(config: Mapping[str, Any], module: AffectModule) -> dict[str, Any]:
@@ -201,7 +206,7 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
     metrics, people, training = (
         read_plain(folder / name) if (folder / name).is_file() else {} for name in (METRICS, PEOPLE, TRAINING)
     )
-    if not isinstance(config, dict) or set(config) != {"task", "model"}:
+    if not isinstance(config, dict) or not {"task", "model"} <= set(config) <= {"task", "model", COMPRESSION}:
         raise CheckpointError(f"{folder / CONFIG}: must hold the nodes task and model and nothing else")
     check_texts(config, labels, preprocess, people, training, trust, lambda name: str(folder / name))
     try:
@@ -488,24 +493,19 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
     Raises:
         CheckpointError: If the config does not build, or tensors are missing or have another shape.
     """
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
     try:
         with _Limited(2 * stored + SPARE_BYTES):
             module = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
     except Exception as error:
         raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
+    if COMPRESSION in release.config:
+        apply_structure(module, release.config[COMPRESSION], release.state, str(release.folder / CONFIG))
     try:
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
         module.load_release_state(release.state)
     except RuntimeError as error:
         raise CheckpointError(f"{release.folder / MODEL}: does not fit its config: {_first_line(error)}") from error
     return module.eval()
-
-
-def _inner(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return _first_line(error) + _import_hint(error)
-
 
 
 class _Limited(TorchDispatchMode):
@@ -531,6 +531,13 @@ class _Limited(TorchDispatchMode):
         if self.made > self.limit:
             raise CheckpointError(f"asks for tensors of more than {self.limit >> 20} MB, far more than its weights")
         return func(*args, **(kwargs or {}))
+
+
+def _inner(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _first_line(error) + _import_hint(error)
+
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

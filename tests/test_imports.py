@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "models": {"labels", "tasks", "encoders", "losses", "metrics", "geometry", "data.batch", "optimization"},
     "optimization": set(),
     "callbacks": {"models", "tasks", "data.batch"},
-    "release": {"labels", "tasks", "encoders", "models", "geometry"},
+    "compression": set(),
+    "release": {"labels", "tasks", "encoders", "models", "geometry", "compression"},
     "report": {"labels", "metrics"},
     "commands": None,
 }

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes of b bits as bytes and back, so that a file is as small as the report says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["pack", "packed_bytes", "unpack"]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Return how many bytes ``count`` codes of ``bits`` bits take: no gaps between codes, the last byte filled up."""
+    return (count * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return unsigned codes as bytes, the lowest bit of the first code first.
+
+    Args:
+        codes: Integers in [0, 2^bits - 1], any shape.
+        bits: Bits of a code, 1 to 8.
+
+    Returns:
+        uint8 ``(ceil(N bits / 8),)``.
+
+    Raises:
+        ValueError: If a code does not fit.
+    """
+    flat = codes.flatten().to(torch.int64)
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < 2**bits:
+        raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits")
+    if bits == 8:
+        return flat.to(torch.uint8)
+    digits = ((flat[:, None] >> torch.arange(bits, device=flat.device)) & 1).flatten()
+    digits = torch.nn.functional.pad(digits, (0, -len(digits) % 8)).view(-1, 8)
+    return (digits << torch.arange(8, device=flat.device)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the first ``count`` codes of ``pack`` as int16 ``(count,)``.
+
+    Raises:
+        ValueError: If there are not as many bytes as ``count`` codes take.
+    """
+    if packed.numel() != packed_bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
+    if bits == 8:
+        return packed.flatten().to(torch.int16)
+    digits = ((packed.flatten()[:, None].to(torch.int16) >> torch.arange(8, device=packed.device)) & 1).flatten()
+    digits = digits[: count * bits].view(count, bits)
+    return (digits << torch.arange(bits, device=packed.device)).sum(1).to(torch.int16)
