@@ -255,6 +255,10 @@ The eyes of COFW are its two annotated pupils. Pairs and corners of 29 and 106 a
 (``configs/_base_/datasets/cofw.py`` and ``lapa.py``); HRNet's table of COFW agrees.
 """
 
+NORMALISERS = ("inter_ocular", "inter_pupil", "box")
+"""Lengths that landmark errors are divided by: between the outer eye corners, between the eyes' centres, and the square
+root of width times height of the box around the true points."""
+
 INNER_51 = tuple(range(17, 68))
 """The points of scheme 68 without the jaw line, on which providers agree best."""
 

@@ -103,6 +103,7 @@ def run(config: DictConfig) -> None:
         "bootstrap": OmegaConf.to_container(config.bootstrap, resolve=True),
         "thresholds": thresholds,
         "smoothing": window,
+        "error_lengths": inference.error_lengths(tasks),
         "tasks_left_out": sorted(offered.keys() - tasks.keys()),
         "headline": sums,
         "metrics": {part: records},

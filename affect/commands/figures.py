@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from affect.commands.inference import encode_truth
+from affect.commands.inference import SUBSET_PREFIX, encode_truth, measured
 from affect.data.datamodule import FaceDataModule
 from affect.data.table import FaceTable
 from affect.files import replacing
-from affect.metrics import confusion_matrix
+from affect.metrics import AlignmentError, confusion_matrix
+from affect.metrics.alignment import image_errors
 from affect.models.base import AffectModule
 from affect.models.pal import PrivilegedAttribution
 from affect.models.tokens import TokenModule, token_names
@@ -96,6 +97,8 @@ def write_prediction_figures(
         elif isinstance(task, ValenceArousal):
             figure = draw.circumplex(values, encoded.target, np.asarray(encoded.mask.all(1)), records=own)
             draw.save(figure, folder / f"{name}_circumplex.png")
+        elif task.landmark_scheme is not None:
+            write_error_curve(folder / f"{name}_errors.png", table, task)
         elif isinstance(task, Coefficients):
             figure = draw.coefficient_scatter(values, encoded.target, task.outputs, encoded.mask, records=own)
             draw.save(figure, folder / f"{name}_scatter.png")
@@ -105,6 +108,31 @@ def write_prediction_figures(
             draw.save(draw.au_bars(records, "f1", task=name), folder / f"{name}_f1.png")
         elif any(record["name"].startswith("ccc/") for record in own):
             draw.save(draw.au_bars(records, "ccc", task=name), folder / f"{name}_ccc.png")
+
+
+def write_error_curve(path: Path, table: FaceTable, task: Task) -> None:
+    """Write the share of images below each landmark error, of all rows and of the protocol's subsets.
+
+    Args:
+        path: The picture.
+        table: Predictions with true labels.
+        task: A landmark task with an alignment metric; without one, nothing is drawn.
+    """
+    metric = next((each for each in task.metrics if isinstance(each, AlignmentError)), None)
+    if metric is None:
+        return
+    values, encoded = measured(table, task)
+    labelled = encoded.mask.any(1)
+    given, true, mask = (torch.from_numpy(array[labelled]) for array in (values, encoded.target, encoded.mask))
+    errors = image_errors(given, true, mask, metric.scheme, metric.normaliser).numpy()
+    curves = {"all": errors}
+    for column in table.arrow.column_names:
+        if column.startswith(SUBSET_PREFIX):
+            chosen = errors[table.numbers(column)[0][labelled] > 0]
+            curves |= {column.removeprefix(SUBSET_PREFIX): chosen} if len(chosen) else {}
+    threshold = max(metric.thresholds)
+    title = f"Cumulative landmark error, % of {metric.normaliser}, failure above {threshold:g} %"
+    draw.save(draw.cumulative_error_curve(curves, threshold=threshold, title=title), path)
 
 
 def write_attribution(folder: Path, batch: Any, module: AffectModule) -> None:  # noqa: ANN401

@@ -17,10 +17,13 @@ from affect.data.protocol import FACE, Protocol, faceless_rows, group_codes
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, DataError, near
 from affect.geometry import invert, transform_points
-from affect.metrics import Answers, evaluate, evaluate_sums
+from affect.metrics import AlignmentError, Answers, evaluate, evaluate_sums
 from affect.models.base import AffectModule
 from affect.tasks import AUIntensity, AUOccurrence, Encoded, Expression, Task
 from affect.tasks.base import require_own_columns
+
+CROP = "crop_matrix"
+"""Column of prepared tables: six numbers from pixels of the photograph to pixels of the stored crop."""
 
 CARRIED = ("subject", "sequence", "frame", "image", FACE)
 BY_PREFIX = "by_"
@@ -217,7 +220,8 @@ def _row_columns(
     for column in group_by:
         if column not in table.names:
             raise ConfigError(f"group_by: no column {column!r} in the table; {near(column, table.names)}")
-    stored = {name: name for name in CARRIED if name in table.names}
+    placed = (CROP,) if any(task.landmark_scheme is not None for task in tasks.values()) else ()
+    stored = {name: name for name in (*CARRIED, *placed) if name in table.names}
     stored |= {BY_PREFIX + name: name for name in group_by}
     stored |= {TARGET_PREFIX + name: name for task in tasks.values() for name in task.columns(table.names)}
     taken = table.take(rows)
@@ -251,6 +255,36 @@ def encode_truth(table: FaceTable, task: Task) -> Encoded:
     return Encoded(target, mask)
 
 
+def measured(table: FaceTable, task: Task) -> tuple[np.ndarray, Encoded]:
+    """Return the values of a predictions table, and its targets and masks, as metrics compare them.
+
+    Landmarks of prepared crops, predicted and true ones, are turned back into pixels of the photograph: a crop may be
+    rotated, and the box around points is not the same in it.
+
+    Args:
+        table: Predictions with true labels.
+        task: One of its tasks.
+    """
+    values, encoded = np.asarray(task.read_values(table)), encode_truth(table, task)
+    if task.landmark_scheme is None or CROP not in table.names:
+        return values, encoded
+    numbers, known = table.numbers(CROP)
+    whole = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+    back = invert(np.where(known[:, None], numbers, whole).reshape(-1, 2, 3))
+    target = np.where(encoded.mask[..., None], transform_points(back, encoded.target), 0)
+    return transform_points(back, values), Encoded(target, encoded.mask)
+
+
+def error_lengths(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Return by landmark task the length that its errors are in per cent of, e.g. ``inter_ocular``."""
+    found = {}
+    for name, task in tasks.items():
+        metric = next((each for each in task.metrics if isinstance(each, AlignmentError)), None)
+        if metric is not None:
+            found[name] = metric.normaliser
+    return found
+
+
 def table_metrics(
     table: FaceTable,
     tasks: Mapping[str, Task],
@@ -276,12 +310,11 @@ def table_metrics(
     for name, task in tasks.items():
         if not task.metrics or not task.columns(truth.names):
             continue
-        values = task.read_values(table)
-        encoded = encode_truth(table, task)
+        values, encoded = measured(table, task)
         subgroups = {column: table.strings(BY_PREFIX + column)[0] for column in group_by}
         found = evaluate(
             task.metrics,
-            torch.from_numpy(np.asarray(values)),
+            torch.from_numpy(values),
             torch.from_numpy(encoded.target),
             torch.from_numpy(encoded.mask),
             groups=groups,
@@ -355,8 +388,8 @@ def headline_records(
     wanted = {name: terms for name, terms in headline.items() if all(tasks[task].columns(names) for task, _ in terms)}
     answers = {}
     for name in dict.fromkeys(task for terms in wanted.values() for task, _ in terms):
-        encoded = encode_truth(table, tasks[name])
-        arrays = (np.asarray(tasks[name].read_values(table)), encoded.target, encoded.mask)
+        values, encoded = measured(table, tasks[name])
+        arrays = (values, encoded.target, encoded.mask)
         answers[name] = Answers(tasks[name].metrics, *map(torch.from_numpy, arrays))
     groups = table.strings("group")[0] if "group" in table.names else None
     return evaluate_sums(wanted, answers, groups, resamples, seed, level)

@@ -58,6 +58,8 @@ def declared_type(name: str) -> pa.DataType | None:
         return pa.int32()
     if name == "box":
         return pa.list_(pa.float32(), 4)
+    if name == "crop_matrix":
+        return pa.list_(pa.float64(), 6)
     scheme = labels.SCHEMES.get(name.removeprefix("landmarks_"))
     if scheme is not None and name == scheme.column:
         return pa.list_(pa.float32(), 2 * scheme.points)

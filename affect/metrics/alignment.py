@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from affect.errors import ConfigError, DataError, near
-from affect.labels import SCHEMES, LandmarkScheme
+from affect.labels import NORMALISERS, SCHEMES, LandmarkScheme
 from affect.metrics.base import CHUNK, AdditiveMetric, prepare, ratio
-
-NORMALISERS = ("inter_ocular", "inter_pupil", "box")
 
 
 def normaliser_length(target: Tensor, mask: Tensor, scheme: LandmarkScheme, normaliser: str) -> Tensor:
@@ -39,20 +37,14 @@ def normaliser_length(target: Tensor, mask: Tensor, scheme: LandmarkScheme, norm
     return torch.where(known, length, 0)
 
 
-def alignment_statistics(
-    values: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    scheme: LandmarkScheme,
-    normaliser: str = "inter_ocular",
-    threshold: float = 10.0,
+def image_errors(
+    values: Tensor, target: Tensor, mask: Tensor, scheme: LandmarkScheme, normaliser: str = "inter_ocular"
 ) -> Tensor:
-    r"""Return what each image adds, float64 ``(N, 5)``: 1, NME, NME > t, max(0, 1 - NME / t), skipped.
+    r"""Return the normalised mean error of each image in per cent, float64 ``(N,)``; NaN where there is none.
 
     .. math:: NME = \frac{100}{d\,|V|} \sum_{p \in V} \lVert \hat{x}_p - x_p \rVert_2
 
-    with V the labelled points and d the normaliser. An image with labelled points but no d > 0 is skipped: it adds 1 to
-    the last number only.
+    with V the labelled points and d the normaliser. An image without labelled points, or without d > 0, has none.
 
     Args:
         values: Predicted points in pixels ``(N, P, 2)``.
@@ -60,7 +52,9 @@ def alignment_statistics(
         mask: True where labelled, bool ``(N, P)``.
         scheme: The landmark scheme.
         normaliser: As for ``normaliser_length``.
-        threshold: t in per cent.
+
+    Raises:
+        DataError: If the points are not those of the scheme.
     """
     values, target = prepare(values, target, mask)
     if values.ndim != 3 or values.shape[1:] != (scheme.points, 2):
@@ -70,11 +64,41 @@ def alignment_statistics(
         )
     length = normaliser_length(target, mask, scheme, normaliser)
     distance = torch.where(mask, (values - target).norm(dim=2), 0).sum(1)
-    labelled = mask.any(1)
-    counted = labelled & (length > 0)
-    error = torch.where(counted, 100 * ratio(distance, mask.sum(1) * length, 0.0), 0)
-    area = torch.where(counted, (1 - error / threshold).clamp(min=0), 0)
-    return torch.stack([counted.double(), error, (error > threshold).double(), area, (labelled & ~counted).double()], 1)
+    return 100 * ratio(distance, mask.sum(1) * length, torch.nan)
+
+
+def alignment_statistics(
+    values: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    scheme: LandmarkScheme,
+    normalisers: Sequence[str] = ("inter_ocular",),
+    thresholds: Sequence[float] = (10.0,),
+) -> Tensor:
+    """Return what each image adds, float64 ``(N, 2 + 2 T + 1 + 2 (D - 1))``.
+
+    These are for the first normaliser 1, the NME, NME > t for each of T thresholds, max(0, 1 - NME / t) for each, and
+    skipped; for each of the other D - 1 normalisers 1 and its NME. An image with labelled points but no length d > 0
+    is skipped: it adds 1 to that number only.
+
+    Args:
+        values: Predicted points in pixels ``(N, P, 2)``.
+        target: True points in pixels ``(N, P, 2)``.
+        mask: True where labelled, bool ``(N, P)``.
+        scheme: The landmark scheme.
+        normalisers: As for ``normaliser_length``, the main one first.
+        thresholds: Each t in per cent.
+    """
+    error = image_errors(values, target, mask, scheme, normalisers[0])
+    counted = ~error.isnan()
+    error = error.nan_to_num(0.0)
+    failed = [(error > threshold).double() for threshold in thresholds]
+    areas = [torch.where(counted, (1 - error / threshold).clamp(min=0), 0) for threshold in thresholds]
+    columns = [counted.double(), error, *failed, *areas, (mask.any(1) & ~counted).double()]
+    for normaliser in normalisers[1:]:
+        other = image_errors(values, target, mask, scheme, normaliser)
+        columns += [(~other.isnan()).double(), other.nan_to_num(0.0)]
+    return torch.stack(columns, 1)
 
 
 def mean_shape(target: Tensor, mask: Tensor) -> Tensor:
@@ -88,15 +112,17 @@ class AlignmentError(AdditiveMetric):
 
     Values and targets are points in pixels. ``fr`` is the share of images with NME > t. ``auc`` is the area under the
     cumulative error curve on [0, t] divided by t, exactly: the mean of max(0, 1 - NME / t). ``skipped`` counts images
-    with labelled points whose normaliser is 0 or unlabelled; they are in none of the other numbers.
+    with labelled points whose normaliser is 0 or unlabelled; they are in none of the other numbers. Further normalisers
+    give one number each, ``nme/<normaliser>``, over the images that have that length.
 
     The constant beside each number is that of the mean shape of the same images, for NME nearly but not exactly the
     best one.
 
     Args:
         scheme: Key of ``affect.labels.SCHEMES``.
-        normaliser: ``inter_ocular``, ``inter_pupil`` or ``box``; see ``normaliser_length``.
-        threshold: t in per cent; papers use 5, 8 or 10.
+        normaliser: ``inter_ocular``, ``inter_pupil`` or ``box``; see ``normaliser_length``. Of a list the first is the
+            one of ``nme``, ``fr`` and ``auc``.
+        threshold: t in per cent; papers use 5, 8 or 10. A list gives FR and AUC at each.
     """
 
     higher_is_better: ClassVar[Mapping[str, bool]] = {  # type: ignore[assignment, misc]
@@ -107,30 +133,54 @@ class AlignmentError(AdditiveMetric):
     }
     counts: ClassVar[frozenset[str]] = frozenset({"skipped"})
 
-    def __init__(self, scheme: str = "68", normaliser: str = "inter_ocular", threshold: float = 10.0) -> None:
+    def __init__(
+        self,
+        scheme: str = "68",
+        normaliser: str | Sequence[str] = "inter_ocular",
+        threshold: float | Sequence[float] = 10.0,
+    ) -> None:
         super().__init__()
         scheme = str(scheme)
         if scheme not in SCHEMES:
             raise ConfigError(f"unknown landmark scheme {scheme!r}: {near(scheme, SCHEMES)}")
-        if normaliser not in NORMALISERS:
-            raise ConfigError(f"unknown normaliser {normaliser!r}: {near(str(normaliser), NORMALISERS)}")
-        if not threshold > 0:
-            raise ConfigError(f"threshold={threshold}: must be more than 0 (per cent)")
-        self.scheme, self.normaliser, self.threshold = SCHEMES[scheme], normaliser, float(threshold)
+        normalisers = [normaliser] if isinstance(normaliser, str) else list(normaliser)
+        for name in normalisers:
+            if name not in NORMALISERS:
+                raise ConfigError(f"unknown normaliser {name!r}: {near(str(name), NORMALISERS)}")
+        thresholds = [threshold] if isinstance(threshold, int | float) else list(threshold)
+        for given in thresholds:
+            if not given > 0:
+                raise ConfigError(f"threshold={given}: must be more than 0 (per cent)")
+        for key, listed in (("normaliser", normalisers), ("threshold", thresholds)):
+            if not listed or len(set(listed)) < len(listed):
+                raise ConfigError(f"{key}={listed}: name at least one, and each once")
+        self.scheme, self.normalisers = SCHEMES[scheme], tuple(normalisers)
+        self.thresholds = tuple(float(given) for given in thresholds)
+
+    @property
+    def normaliser(self) -> str:
+        """Length that ``nme``, ``fr`` and ``auc`` are measured in."""
+        return self.normalisers[0]
 
     @property
     def summaries(self) -> tuple[str, ...]:
-        return ("nme", f"fr/{self.threshold:g}", f"auc/{self.threshold:g}", "skipped")
+        rates = [f"{name}/{threshold:g}" for name in ("fr", "auc") for threshold in self.thresholds]
+        return ("nme", *rates, "skipped", *(f"nme/{name}" for name in self.normalisers[1:]))
 
     def shape(self, outputs: int) -> tuple[int, ...]:
-        return (5,)
+        return (3 + 2 * len(self.thresholds) + 2 * (len(self.normalisers) - 1),)
 
     def statistics(self, values: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        return alignment_statistics(values, target, mask, self.scheme, self.normaliser, self.threshold)
+        return alignment_statistics(values, target, mask, self.scheme, self.normalisers, self.thresholds)
 
     def scores(self, total: Tensor) -> dict[str, Tensor]:
-        images, *sums, skipped = total.unbind(-1)
-        return dict(zip(self.summaries, [*(ratio(each, images, torch.nan) for each in sums), skipped], strict=True))
+        own = 2 + 2 * len(self.thresholds)
+        images, *sums = total[..., :own].unbind(-1)
+        further = total[..., own + 1 :].unflatten(-1, (-1, 2)) if len(self.normalisers) > 1 else None
+        numbers = [*(ratio(each, images, torch.nan) for each in sums), total[..., own]]
+        if further is not None:
+            numbers += ratio(further[..., 1], further[..., 0], torch.nan).unbind(-1)
+        return dict(zip(self.summaries, numbers, strict=True))
 
     def best_constant(self, total: Tensor) -> dict[str, Tensor]:
         """Return NaN: the mean shape does not follow from sums; ``constants`` has its error."""
@@ -142,9 +192,10 @@ class AlignmentError(AdditiveMetric):
         return self.score(constant, target, mask)
 
     def sizes(self, target: Tensor, mask: Tensor) -> dict[str, int]:
-        lengths = [
-            normaliser_length(points, cells, self.scheme, self.normaliser)
-            for points, cells in zip(target.split(CHUNK), mask.split(CHUNK), strict=True)
-        ]
-        counted = int((mask.any(1) & (torch.cat(lengths) > 0)).sum())
-        return {name: int(mask.any(1).sum()) if name == "skipped" else counted for name in self.summaries}
+        def counted(normaliser: str) -> int:
+            parts = zip(target.split(CHUNK), mask.split(CHUNK), strict=True)
+            lengths = [normaliser_length(points, cells, self.scheme, normaliser) for points, cells in parts]
+            return int((mask.any(1) & (torch.cat(lengths) > 0)).sum())
+
+        sizes = dict.fromkeys(self.summaries, counted(self.normaliser)) | {"skipped": int(mask.any(1).sum())}
+        return sizes | {f"nme/{name}": counted(name) for name in self.normalisers[1:]}

@@ -38,6 +38,8 @@ def provenance(results: Mapping[str, Any], part: str = "test") -> str:
         said.append(f"no face found: {missing:,}, {rule}")
     recipe = (results.get("preprocess") or {}).get("recipe")
     said.append(f"crop {recipe.get('name') or recipe.get('kind')}" if recipe else "crop none")
+    lengths = list(dict.fromkeys((results.get("error_lengths") or {}).values()))
+    said += [f"landmark error in % of {' or '.join(lengths)}"] if lengths else []
     said += decision_texts(results)
     return " · ".join([*said, *marks(results)])
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from affect.errors import DataError, near
-from affect.labels import AU_NAMES
+from affect.labels import AU_NAMES, NORMALISERS
 
 Record = Mapping[str, object]
 """One number of a result file; the module's docstring lists the keys."""
@@ -240,8 +240,8 @@ def number_text(value: float, digits: int = 3) -> str:
 
 
 def _is_parameter(output: str) -> bool:
-    """Whether the last part of a name is a number, as the threshold in ``fr/10``."""
-    return output.replace(".", "", 1).isdecimal()
+    """Whether a name ends in a setting and not in an output: the threshold of ``fr/10``, the length of ``nme/box``."""
+    return output.replace(".", "", 1).isdecimal() or output in NORMALISERS
 
 
 def _whole(record: Record, name: str, key: str) -> int | None:

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from affect.commands.inference import encode_truth, predict_values, predictions_table, table_metrics
+from affect.commands.inference import encode_truth, error_lengths, predict_values, predictions_table, table_metrics
 from affect.data.batch import FaceBatch
 from affect.data.dataset import FaceDataset
 from affect.data.images import Source
 from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError
-from affect.metrics import Classification
-from affect.tasks import AUOccurrence, Coefficients, Expression, HeadPose
+from affect.geometry import CropRecipe
+from affect.geometry.alignment import compose, transform_points
+from affect.metrics import AlignmentError, Classification
+from affect.tasks import AUOccurrence, Coefficients, Expression, HeadPose, Landmarks
 from tests.data import samples
 from tests.data.test_dataset import rolled
 
@@ -113,3 +115,109 @@ def test_predicted_roll_is_that_of_the_stored_image() -> None:
     found, _, _ = predict_values(_TrueModule(data.tasks), [data.batch(0, np.arange(4))], torch.device("cpu"), "test")
     np.testing.assert_allclose(found["pose"][:, 2], 35.0, atol=1e-3)
     assert np.abs(data.batch(0, np.arange(4)).targets["pose"][:, 2].numpy()).max() < 3
+
+
+# ----------------------------------------------------------------------------------- landmarks in photographs
+
+
+def landmark_task(**metric: object) -> Landmarks:
+    task = Landmarks("68", metrics=[AlignmentError("68", **metric)])
+    task.metrics[0].bind(task.outputs)
+    return task
+
+
+def tilted_faces(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return true and predicted points of photographs ``(N, 68, 2)``, and the matrices of upright crops of them."""
+    random = np.random.default_rng(3)
+    truth = samples.points_68(0, rows, size=300).astype(np.float64)
+    matrices = CropRecipe(size=96).matrices(truth)
+    matrices = compose([[0.8, -0.6, 30], [0.6, 0.8, -20]], matrices)  # by far not upright in the crop
+    return truth, truth + random.normal(0, 4, truth.shape), matrices
+
+
+@pytest.mark.parametrize("normaliser", ["inter_ocular", "inter_pupil", "box"])
+def test_landmark_errors_of_prepared_crops_are_those_in_the_photographs(normaliser: str, tmp_path) -> None:
+    truth, guess, matrices = tilted_faces(6)
+    task = landmark_task(normaliser=normaliser, threshold=[5, 8])
+    inside = transform_points(matrices, truth).reshape(6, -1)
+    columns = {"image": [f"{k}.png" for k in range(6)], "landmarks_68": inside.tolist()}
+    plain = Source("plain", FaceTable.from_columns(columns, "/data"), samples.DrawnImages())
+    stored = FaceTable.from_columns(columns | {"crop_matrix": matrices.reshape(6, 6).tolist()}, "/data")
+    prepared = Source("prepared", stored, samples.DrawnImages())
+    values = {"landmarks": transform_points(matrices, guess).astype(np.float32)}
+    found = {}
+    for source_ in (plain, prepared):
+        table = predictions_table([source_], {"landmarks": task}, values, np.zeros(6, int), np.arange(6))
+        table.to_parquet(tmp_path / f"{source_.name}.parquet")
+        again = FaceTable.read_parquet(tmp_path / f"{source_.name}.parquet")
+        records = table_metrics(again, {"landmarks": task}, resamples=0)
+        found[source_.name] = {record["name"]: record["value"] for record in records}
+    if normaliser == "box":
+        length = np.sqrt(np.ptp(truth, axis=1).prod(1))
+    elif normaliser == "inter_ocular":
+        length = np.linalg.norm(truth[:, 36] - truth[:, 45], axis=1)
+    else:
+        length = np.linalg.norm(truth[:, 36:42].mean(1) - truth[:, 42:48].mean(1), axis=1)
+    errors = 100 * np.linalg.norm(guess - truth, axis=2).mean(1) / length
+    assert found["prepared"]["nme"] == pytest.approx(errors.mean(), rel=1e-5)
+    for t in (5, 8):
+        assert found["prepared"][f"fr/{t}"] == pytest.approx((errors > t).mean())
+        assert found["prepared"][f"auc/{t}"] == pytest.approx(np.clip(1 - errors / t, 0, None).mean(), rel=1e-4)
+    # A turned crop has another box around its points; distances between eyes only change with its scale.
+    same = found["plain"]["nme"] == pytest.approx(found["prepared"]["nme"], rel=1e-4)
+    assert same == (normaliser != "box")
+    assert error_lengths({"landmarks": task}) == {"landmarks": normaliser}
+
+
+def test_crops_of_prepared_and_of_whole_images_are_scored_together() -> None:
+    truth, guess, matrices = tilted_faces(4)
+    task = landmark_task(normaliser="box")
+    image = {"image": ["a.png", "b.png"]}
+    inside = transform_points(matrices, truth).reshape(4, -1)
+    matrix = matrices.reshape(4, 6).tolist()
+    crops = FaceTable.from_columns(
+        image | {"landmarks_68": inside[:2].tolist(), "crop_matrix": matrix[:2]}, "/a", {"dataset": "crops"}
+    )
+    whole = FaceTable.from_columns(image | {"landmarks_68": truth[2:].reshape(2, -1).tolist()}, "/b")
+    sources = [Source("crops", crops, samples.DrawnImages()), Source("whole", whole, samples.DrawnImages())]
+    values = np.concatenate([transform_points(matrices[:2], guess[:2]), guess[2:]]).astype(np.float32)
+    table = predictions_table(
+        sources, {"landmarks": task}, {"landmarks": values}, np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    )
+    found = {r["name"]: r["value"] for r in table_metrics(table, {"landmarks": task}, resamples=0)}
+    errors = 100 * np.linalg.norm(guess - truth, axis=2).mean(1) / np.sqrt(np.ptp(truth, axis=1).prod(1))
+    assert found["nme"] == pytest.approx(errors.mean(), rel=1e-5)
+
+
+def test_full_300w_is_the_weighted_union_of_its_subsets() -> None:
+    """554 common and 135 challenging faces: full is their weighted mean, not the mean of the two numbers."""
+    common, challenge = 554, 135
+    rows = common + challenge
+    random = np.random.default_rng(0)
+    truth = samples.points_68(0, 1, size=300).astype(np.float64).repeat(rows, 0)
+    parts = np.array(["common"] * common + ["challenge"] * challenge)
+    spread = np.where(parts == "common", 3.0, 9.0)[:, None, None]
+    guess = truth + spread * random.normal(size=truth.shape) * random.uniform(0.3, 1.7, (rows, 1, 1))
+    shuffled = random.permutation(rows)
+    parts, truth, guess = parts[shuffled], truth[shuffled], guess[shuffled]
+    columns = {"image": [f"{k}.png" for k in range(rows)], "part": parts.tolist()}
+    faces = FaceTable.from_columns(columns | {"landmarks_68": truth.reshape(rows, -1).tolist()}, "/data")
+    task = landmark_task(threshold=[8, 10])
+    subsets = {"common": "part=common", "challenge": "part=challenge"}
+    table = predictions_table(
+        [Source("300w", faces, samples.DrawnImages())],
+        {"landmarks": task},
+        {"landmarks": guess.astype(np.float32)},
+        np.zeros(rows, int),
+        np.arange(rows),
+        subsets=subsets,
+    )
+    found = {(r["subgroup"], r["name"]): r for r in table_metrics(table, {"landmarks": task}, resamples=0)}
+    errors = 100 * np.linalg.norm(guess - truth, axis=2).mean(1) / np.linalg.norm(truth[:, 36] - truth[:, 45], axis=1)
+    for name, chosen in (("common", parts == "common"), ("challenge", parts == "challenge"), (None, parts != "")):
+        assert found[name, "nme"]["n"] == chosen.sum()
+        assert found[name, "nme"]["value"] == pytest.approx(errors[chosen].mean(), rel=1e-5)
+        assert found[name, "fr/8"]["value"] == pytest.approx((errors[chosen] > 8).mean())
+    for number in ("nme", "fr/8", "fr/10", "auc/8", "auc/10"):
+        full = (common * found["common", number]["value"] + challenge * found["challenge", number]["value"]) / rows
+        assert found[None, number]["value"] == pytest.approx(full)

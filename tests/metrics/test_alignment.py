@@ -10,7 +10,7 @@ import torch
 from affect.errors import ConfigError, DataError
 from affect.labels import SCHEMES
 from affect.metrics import AlignmentError
-from affect.metrics.alignment import normaliser_length
+from affect.metrics.alignment import image_errors, normaliser_length
 from tests.metrics.contract import MetricContract, numbers
 
 EVERY = torch.ones(1, 68) > 0
@@ -121,6 +121,46 @@ def test_failure_is_a_strict_inequality():
     assert found["nme"] == pytest.approx(8.005)
 
 
+def test_several_thresholds_and_lengths_are_those_of_several_metrics():
+    generator = torch.Generator().manual_seed(2)
+    target = 100 * torch.rand(60, 68, 2, generator=generator, dtype=torch.float64)
+    values = target + 4 * torch.randn(60, 68, 2, generator=generator, dtype=torch.float64)
+    mask = torch.rand(60, 68, generator=generator) < 0.98
+    together = AlignmentError("68", ["inter_pupil", "box", "inter_ocular"], [5, 10.5])
+    together.bind(["points"])
+    found, sizes = numbers(together.score(values, target, mask)), together.sizes(target, mask)
+    assert list(found) == ["nme", "fr/5", "fr/10.5", "auc/5", "auc/10.5", "skipped", "nme/box", "nme/inter_ocular"]
+    for normaliser, name in (("inter_pupil", "nme"), ("box", "nme/box"), ("inter_ocular", "nme/inter_ocular")):
+        for threshold in (5, 10.5):
+            alone = AlignmentError("68", normaliser, threshold)
+            alone.bind(["points"])
+            expected = numbers(alone.score(values, target, mask))
+            assert found[name] == pytest.approx(expected["nme"])
+            assert sizes[name] == alone.sizes(target, mask)["nme"]
+            if name == "nme":
+                assert [found[f"{n}/{threshold}"] for n in ("fr", "auc")] == pytest.approx(
+                    [expected[f"{n}/{threshold}"] for n in ("fr", "auc")]
+                )
+    assert sizes["nme/inter_ocular"] > sizes["nme"]  # two corners are more often labelled than all points of both eyes
+    assert not together.higher("nme/box")
+
+
+def test_the_exact_area_is_that_under_the_sorted_errors():
+    """The area under the steps of the cumulative curve, summed over the sorted errors one by one."""
+    generator = torch.Generator().manual_seed(4)
+    target = 100 * torch.rand(40, 68, 2, generator=generator, dtype=torch.float64)
+    values = target + 6 * torch.randn(40, 1, 2, generator=generator, dtype=torch.float64)
+    mask = torch.ones(40, 68) > 0
+    errors = image_errors(values, target, mask, SCHEMES["68"])
+    metric = AlignmentError("68", threshold=10)
+    metric.bind(["points"])
+    inside = np.sort(errors[errors <= 10].numpy())
+    steps = np.append(inside, 10.0)
+    area = sum((steps[k + 1] - steps[k]) * (k + 1) / 40 for k in range(len(inside)))
+    assert 5 < len(inside) < 40
+    assert numbers(metric.score(values, target, mask))["auc/10"] == pytest.approx(area / 10)
+
+
 @pytest.mark.parametrize("name", list(SCHEMES))
 def test_every_scheme_has_its_eyes(name):
     scheme = SCHEMES[name]
@@ -143,3 +183,7 @@ def test_wrong_points_and_settings_are_named():
         AlignmentError("68", "interocular")
     with pytest.raises(ConfigError, match="threshold"):
         AlignmentError("68", threshold=0)
+    with pytest.raises(ConfigError, match="each once"):
+        AlignmentError("68", ["box", "box"])
+    with pytest.raises(ConfigError, match="at least one"):
+        AlignmentError("68", threshold=[])
