@@ -546,6 +546,7 @@ def finish(
         "selection": selection,
         "thresholds": thresholds,
         "smoothing": window,
+        "error_lengths": inference.error_lengths(module.tasks),
         "headline": sums,
         "metrics": metrics,
         "missing_faces": missing_faces(config, summary),
