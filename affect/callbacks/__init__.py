@@ -4,6 +4,7 @@
 from affect.callbacks.checkpoint import BEST, LAST, AtomicCheckpointIO, BestWeights, LastCheckpoint
 from affect.callbacks.ema import EMA
 from affect.callbacks.history import History
+from affect.callbacks.preemption import Preempted, Preemption, preemptible
 from affect.callbacks.seeding import SeedEachStep
 from affect.callbacks.stopping import EarlyStopping
 
@@ -16,5 +17,8 @@ __all__ = [
     "EarlyStopping",
     "History",
     "LastCheckpoint",
+    "Preempted",
+    "Preemption",
     "SeedEachStep",
+    "preemptible",
 ]

@@ -33,7 +33,7 @@ SELECTION = "selection"
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "controlled", "reference", "trust", "group_by", "bootstrap", "hydra"),
     *("figures", "data.num_workers"),
-    *("callbacks.progress", "callbacks.last", "callbacks.learning_rate", "callbacks.*.folder"),
+    *("callbacks.progress", "callbacks.last", "callbacks.preemption", "callbacks.learning_rate", "callbacks.*.folder"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
     *("dataset.expected", "dataset.sources.*.expected", "accept"),
     *("trainer.enable_*", "trainer.log_every_n_steps"),

@@ -21,9 +21,10 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from affect import labels
-from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep
+from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep, preemptible
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.check import verified
+from affect.commands.distributed import cluster_environment, join_tasks, use_own_launcher, wait_for_all
 from affect.commands.run_folder import (
     RESULTS,
     SELECTION,
@@ -69,10 +70,12 @@ def run(config: DictConfig) -> float | None:
     Arms of ``compare`` are runs of their own below the run's folder; their table stands beside the run's.
     """
     torch.set_float32_matmul_precision("high")
-    output = resolve_output(config)
-    score = train(config, output)
-    if config.get("compare"):
-        compare(config, output)
+    join_tasks()
+    with preemptible():
+        output = resolve_output(config)
+        score = train(config, output)
+        if config.get("compare"):
+            compare(config, output)
     return score
 
 
@@ -421,15 +424,18 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
     nodes = config.get("logger") or {}
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
     partial = assembly.make(config.trainer, "trainer", _partial_=True)
+    environment = cluster_environment()
     try:
-        return partial(
+        trainer: pl.Trainer = partial(
             callbacks=[*first, *best, *others],
             logger=loggers or False,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *([environment] if environment is not None else [])],
             default_root_dir=config.paths.output,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise assembly.translated(error, "trainer") from error
+    use_own_launcher(trainer)
+    return trainer
 
 
 class _Cut(pl.Callback):
@@ -697,12 +703,6 @@ def compare(config: DictConfig, output: Path) -> None:
     figures.write_comparison_figure(output, arms)
 
 
-def wait_for_all() -> None:
-    """Wait, in a distributed run, until every process is here: the first one writes what others go on with."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
 # ----------------------------------------------------------------------------------------------------- noise
 
 
@@ -715,3 +715,4 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*number of training batches.*logging interval.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists.*")
     warnings.filterwarnings("ignore", message=".*treespec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")

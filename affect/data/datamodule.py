@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -506,7 +509,7 @@ class FaceDataModule(pl.LightningDataModule):
             "batch_size": None,
             "collate_fn": collate,
             "num_workers": self.num_workers,
-            "worker_init_fn": one_thread,
+            "worker_init_fn": prepare_worker,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
@@ -630,9 +633,24 @@ class FaceDataModule(pl.LightningDataModule):
         }
 
 
-def one_thread(worker: int) -> None:
-    """Keep OpenCV to one thread in a loading process: processes are the parallelism, threads would only compete."""
+def prepare_worker(worker: int) -> None:
+    """Keep OpenCV to one thread in a loading process, and leave signals of others to the process that it works for.
+
+    Processes are the parallelism, threads would only compete. Schedulers signal every process of a job; a worker that
+    died of it would take the run down before its state is saved.
+    """
     cv2.setNumThreads(0)
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Take SIGTERM from the process that this one works for, and from nobody else."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _needs_fit(task: Task) -> bool:
