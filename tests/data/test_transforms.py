@@ -9,13 +9,16 @@ import pickle
 import cv2
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from affect import labels
+from affect.commands.configuration import config_directory
 from affect.data.transforms import FaceTransform, Moved, mirrors, sample_keys, swap_mirrored, uniforms
 from affect.errors import ConfigError
 from affect.geometry.alignment import CropRecipe, transform_points
 from tests.data import samples
 
+CONF = config_directory()
 SIZE = 96
 MATRIX = CropRecipe(kind="none", size=SIZE, margin=0.0).matrix(image_size=(200, 200))
 BRIGHT = {"_target_": "albumentations.RandomBrightnessContrast", "p": 0.5}
@@ -41,7 +44,11 @@ def centre(image):
     return np.array([(x * weights).sum(), (y * weights).sum()]) / weights.sum()
 
 
+ALIGNMENT = OmegaConf.to_container(OmegaConf.load(CONF / "transform" / "alignment.yaml"))["train"]
+"""What ``transform=alignment`` trains with."""
+
 MOVING = {
+    "alignment": {key: ALIGNMENT[key] for key in ("flip", "rotation", "scale", "shift")},
     "own": {"flip": 0.5, "rotation": 25, "scale": 0.2, "shift": 0.1},
     "flip": {"flip": 1.0},
     "library flip": {"augment": [{"_target_": "albumentations.HorizontalFlip", "p": 0.5}]},
@@ -74,6 +81,34 @@ def test_a_dot_at_a_landmark_stays_at_the_landmark(arguments):
         assert moved.flipped == mirrors(moved.matrix)
     assert flips > 0
     assert flips < 18 or arguments.get("flip") == 1.0
+
+
+@pytest.mark.parametrize("scheme", list(labels.SCHEMES))
+def test_occlusion_colour_and_blur_leave_the_points_of_every_scheme(scheme):
+    """Under the same draw points are where the bare motion puts them, also those that are covered or outside."""
+    count = labels.SCHEMES[scheme].points
+    points = np.random.default_rng(count).uniform(-30, 230, (count, 2))
+    image = samples.smooth_image(0, 200, 200)
+    full = FaceTransform(SIZE, **ALIGNMENT)
+    bare = FaceTransform(SIZE, **{key: ALIGNMENT[key] for key in ("flip", "rotation", "scale", "shift")})
+    changed = outside = 0
+    for row in range(12):
+        one, other = (each(image, MATRIX, {scheme: points}, seed=1, row=row) for each in (full, bare))
+        np.testing.assert_array_equal(one.points[scheme], other.points[scheme])
+        np.testing.assert_array_equal(one.matrix, other.matrix)
+        changed += not np.array_equal(one.image, other.image)
+        outside += (one.points[scheme] < 0).any() or (one.points[scheme] > SIZE - 1).any()
+    assert changed > 6
+    assert outside > 6
+
+
+def test_points_far_outside_move_like_all_others():
+    far = np.array([[-1e6, 4e5], [3e5, -2e6], [0, 0], [199, 199], [100, 1e7]])
+    for row in range(6):
+        moved = FaceTransform(SIZE, **ALIGNMENT)(samples.smooth_image(0, 200, 200), MATRIX, {"5": far}, seed=2, row=row)
+        expected = transform_points(moved.matrix, far)
+        swap = list(labels.SCHEMES["5"].swap)
+        np.testing.assert_allclose(moved.points["5"], expected[swap] if moved.flipped else expected, rtol=1e-9)
 
 
 def test_without_augmentation_it_is_the_recipe():
