@@ -34,6 +34,9 @@ FACE, FOUND = "face", "found"
 UNUSED_PART = "part neither trains, selects nor tests"
 """Reason that a row of an official part is left out."""
 
+HASHED = "sha256:"
+"""Prefix of a name that was hashed."""
+
 _TRAINING_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "valid", "validation", "dev")
 _TEST_NAMES = ("test", "testing")
@@ -690,6 +693,22 @@ def shared_people(
     return sentences
 
 
+def hashed_name(space: str, name: str) -> str:
+    """Return what stands for a person in a published checkpoint: a hash of name space and name.
+
+    It keeps names out of sight, not from those who have the list of a dataset's names and try them all.
+    """
+    return HASHED + hashlib.sha256(f"{space}/{name}".encode()).hexdigest()[:24]
+
+
+def hashed_people(people: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return people by name space with every name that is not one yet turned into a hash."""
+    return {
+        space: sorted(name if name.startswith(HASHED) else hashed_name(space, name) for name in names)
+        for space, names in people.items()
+    }
+
+
 def known_people(
     sources: Sequence[Source], rows: Sequence[np.ndarray], trained: Mapping[str, Sequence[str]]
 ) -> list[str]:
@@ -698,11 +717,12 @@ def known_people(
     Args:
         sources: Sources that are evaluated.
         rows: Rows of each.
-        trained: Who was in training or selection, by name space.
+        trained: Who was in training or selection, by name space; names, or what ``hashed_name`` makes of them.
     """
     sentences = []
     for space, people in people_of(sources, rows).items():
-        both = sorted(set(people) & set(trained.get(space, ())))
+        known = set(trained.get(space, ()))
+        both = sorted(name for name in people if name in known or hashed_name(space, name) in known)
         if both:
             sentences.append(
                 f"the model was trained on {len(both)} {_identities(sources, space)} among these rows: {_listed(both)}"
