@@ -41,7 +41,7 @@ class PackagedWeights(NamedTuple):
     std: tuple[float, float, float]
 
 
-__all__ = ["PACKAGED", "PixelGrid", "PixelVector", "PlainConvolutions", "TimmEncoder", "read_state_dict"]
+__all__ = ["PACKAGED", "PixelGrid", "PixelVector", "Pixels", "PlainConvolutions", "TimmEncoder", "read_state_dict"]
 
 PACKAGED = MappingProxyType(
     {
@@ -394,6 +394,60 @@ class PixelGrid(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return a map ``(B, 3 cell², S / cell, S / cell)`` in [-1, 1] of RGB uint8 images ``(B, 3, S, S)``."""
         return self.model(image.float() / 127.5 - 1)
+
+    def layer_index(self) -> dict[str, int]:
+        """Return nothing: there are no parameters."""
+        return {}
+
+
+class Pixels(nn.Module):
+    """The normalised image itself, for networks that work at full resolution from the first layer on.
+
+    Args:
+        image_size: Side of the square input in pixels.
+        grey: One channel of luma (ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B) instead of red, green and blue.
+        mean: Channel means in [0, 1].
+        std: Channel standard deviations in [0, 1].
+        pretrained: There are no such weights: always False.
+        weights: There are no such weights: always None.
+
+    Attributes:
+        num_features: Channels of the output, 1 or 3.
+    """
+
+    channel_order, origin, output = "RGB", "none", "map"
+
+    def __init__(
+        self,
+        image_size: int,
+        grey: bool = False,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+        pretrained: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained or weights:
+            raise ConfigError("encoder=pixels has no pretrained weights; leave encoder.weights and .pretrained")
+        if int(image_size) < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(
+                f"encoder: image_size={image_size}, mean={list(mean)}, std={list(std)}: a side of 1 pixel or more, "
+                "three means and three positive deviations are needed"
+            )
+        self.image_size, self.grey, self.num_features = int(image_size), bool(grey), 1 if grey else 3
+        self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+        self.model = nn.Identity()
+        scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float64))
+        shift = -torch.tensor(self.mean, dtype=torch.float64) / torch.tensor(self.std, dtype=torch.float64)
+        self.register_buffer("_scale", scale.float().view(3, 1, 1), persistent=False)
+        self.register_buffer("_shift", shift.float().view(3, 1, 1), persistent=False)
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        self.register_buffer("_luma", luma, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return normalised images ``(B, 3, S, S)``, or their luma ``(B, 1, S, S)``, of RGB uint8 ones."""
+        pixels = torch.addcmul(self._shift, image.to(self._scale.dtype), self._scale)
+        return (pixels * self._luma).sum(1, keepdim=True) if self.grey else pixels
 
     def layer_index(self) -> dict[str, int]:
         """Return nothing: there are no parameters."""

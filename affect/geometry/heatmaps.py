@@ -67,7 +67,8 @@ def gaussian_heatmaps(points: Tensor, size: tuple[int, int], sigma: float = 1.5,
 
 def spatial_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return maps ``(…, H, W)`` that are positive and sum to 1 over the pixels."""
-    return (logits / temperature).flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
+    scaled = logits if temperature == 1 else logits / temperature
+    return scaled.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
 
 
 def expected_points(maps: Tensor) -> Tensor:
@@ -75,6 +76,7 @@ def expected_points(maps: Tensor) -> Tensor:
     height, width = maps.shape[-2:]
     x = torch.arange(width, dtype=maps.dtype, device=maps.device)
     y = torch.arange(height, dtype=maps.dtype, device=maps.device)
+    # Sums, not a matrix product: graphics cards may shorten its factors to 11 bits, a tenth of a pixel in 256.
     return torch.stack([(maps.sum(-2) * x).sum(-1), (maps.sum(-1) * y).sum(-1)], -1)
 
 
