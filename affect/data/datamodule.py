@@ -176,18 +176,21 @@ def sampling_pools(
             raise ConfigError(f"data.sampling.ratios: no source {name}; {near(name, names)}")
     ends = np.cumsum([len(part) for part in rows])
     blocks = [np.arange(end - len(part), end) for part, end in zip(rows, ends, strict=True)]
-    if sampling.ratios is None:
-        groups = [(np.arange(int(ends[-1]) if len(ends) else 0), 1.0)]
+    if sampling.ratios is not None:
+        shares = [float(sampling.ratios.get(name, 1.0)) for name in names]
+    elif sampling.batches == "alternate":
+        shares = [float(len(block)) for block in blocks]
     else:
-        groups = [(block, float(sampling.ratios.get(name, 1.0))) for name, block in zip(names, blocks, strict=True)]
+        blocks, shares = [np.arange(int(ends[-1]) if len(ends) else 0)], [1.0]
+    groups = [(k, at, share) for k, (at, share) in enumerate(zip(blocks, shares, strict=True))]
     if sampling.kind == "uniform":
-        return [Pool(positions, share) for positions, share in groups]
+        return [Pool(at, share, source=k) for k, at, share in groups]
     key = str(sampling.key)
     if sampling.kind == "balanced":
         classes = _classes(key, sources, rows, tasks)
-        return [pool for at, share in groups if len(at) for pool in class_pools(at, classes[at], share)]
+        return [pool for k, at, share in groups if len(at) for pool in class_pools(at, classes[at], share, k)]
     weights = np.concatenate([_column_weights(key, source, part) for source, part in zip(sources, rows, strict=True)])
-    return [weighted_pool(at, weights[at], share, f"column {key}") for at, share in groups if len(at)]
+    return [weighted_pool(at, weights[at], share, f"column {key}", k) for k, at, share in groups if len(at)]
 
 
 def _classes(key: str, sources: Sequence[Source], rows: Sequence[np.ndarray], tasks: Mapping[str, Task]) -> np.ndarray:
@@ -459,7 +462,8 @@ class FaceDataModule(pl.LightningDataModule):
         pools = sampling_pools(self.sampling, self.sources, self.part_rows(TRAIN), self.tasks)
         length = len(dataset) if self.sampling.length is None else self.sampling.length
         rank, world = self._process()
-        sampler = EpochSampler(pools, length, self.batch_size, self.seed, rank, world)
+        alternate = self.sampling.batches == "alternate"
+        sampler = EpochSampler(pools, length, self.batch_size, self.seed, rank, world, alternate=alternate)
         sampler.set_position(*self._start)
         return FaceLoader(self.position, **self._loading(dataset, sampler))
 

@@ -418,6 +418,28 @@ def test_ratios_of_sources():
     assert sum(int(batch.source.sum()) for batch in batches) == 30
 
 
+@pytest.mark.parametrize(("ratios", "expected"), [(None, [5, 1]), ({"large": 1, "small": 1}, [3, 3])])
+def test_batches_of_one_source(ratios, expected):
+    sources = [source(60, "large"), source(12, "small")]
+    sampling = Sampling(ratios=ratios, length=72, batches="alternate")
+    data = module(sources, sampling=sampling, batch_size=12)
+    loader = data.train_dataloader()
+    batches = list(loader)
+    assert len(batches) == len(loader) == 6
+    found = [set(batch.source.tolist()) for batch in batches]
+    assert all(len(each) == 1 for each in found)
+    assert [found.count({k}) for k in range(2)] == expected, "by rows, or by the shares asked for"
+
+
+def test_weighted_and_balanced_rows_alternate_too():
+    table = faces(side=["left"] * 50 + ["right"] * 10)
+    sources = [source(60, "first", table=table), source(60, "second", table=table)]
+    balanced = Sampling("balanced", "side", batches="alternate")
+    pools = sampling_pools(balanced, sources, [np.arange(60)] * 2, {})
+    assert sorted(pool.source for pool in pools) == [0, 0, 1, 1]
+    assert all((pool.positions // 60 == pool.source).all() for pool in pools)
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [

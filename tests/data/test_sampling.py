@@ -13,6 +13,8 @@ from affect.data.sampling import (
     OrderedSampler,
     Pool,
     Sampling,
+    alternating_length,
+    alternating_order,
     apportion,
     class_pools,
     epoch_order,
@@ -155,6 +157,95 @@ def test_processes_have_equally_many_equal_batches(length, drop_last):
     assert all(shapes.pop())
 
 
+# ------------------------------------------------------------------------------------ one source per batch
+
+
+def three(shares=(1.0, 1.0, 1.0)) -> list[Pool]:
+    """Return sources of 100, 20 and 3 rows at positions from 0, 1000 and 2000 on."""
+    sizes = zip((100, 20, 3), shares, strict=True)
+    return [Pool(1000 * k + np.arange(size), share, source=k) for k, (size, share) in enumerate(sizes)]
+
+
+def alternating(shares=(1.0, 1.0, 1.0), length=96, batch=8, seed=7, **options) -> EpochSampler:
+    return EpochSampler(three(shares), length, batch, seed, alternate=True, **options)
+
+
+def owners(sampler) -> list[int]:
+    """Return the source of each batch, and make sure that it is one."""
+    found = [{position // 1000 for position in batch} for batch in flat(sampler)]
+    assert {len(sources) for sources in found} == {1}
+    return [next(iter(sources)) for sources in found]
+
+
+def test_batches_of_equal_shares_take_turns():
+    assert owners(alternating()) == [0, 1, 2] * 4
+    assert [len(batch) for batch in flat(alternating())] == [8] * 12 == [8] * len(alternating())
+
+
+def test_batches_of_unequal_shares_are_spread_evenly():
+    found = owners(alternating((4.0, 2.0, 1.0), length=28 * 8))
+    assert [found.count(k) for k in range(3)] == [16, 8, 4]
+    for source, every in ((0, 28 / 16), (1, 28 / 8), (2, 28 / 4)):
+        at = np.flatnonzero(np.array(found) == source)
+        assert np.abs(np.diff(at) - every).max() < 2, source
+    assert 2 not in owners(alternating((1.0, 1.0, 0.0)))
+
+
+def test_rows_of_a_source_are_drawn_equally_often_in_alternating_batches():
+    visited = np.concatenate(flat(alternating(length=480)))
+    for k, size in enumerate((100, 20, 3)):
+        counts = np.bincount(visited[visited // 1000 == k] - 1000 * k, minlength=size)
+        assert counts.sum() == 160
+        assert counts.max() - counts.min() <= 1
+
+
+def test_every_source_has_a_batch_even_in_a_short_epoch():
+    sampler = alternating((100.0, 1.0, 1.0), length=20)
+    assert sorted(owners(sampler)) == [0, 0, 1, 2]
+    assert sampler.length == alternating_length(three((100.0, 1.0, 1.0)), 20, 8) == 32
+    assert owners(alternating(length=3)) == [0, 1, 2]
+
+
+def test_alternating_batches_are_a_function_of_seed_and_epoch_and_can_start_anywhere():
+    whole = alternating()
+    whole.set_epoch(2)
+    expected = flat(whole)
+    for first in (0, 1, 5, 11):
+        resumed = alternating()
+        resumed.load_state_dict({"epoch": 2, "batch": first})
+        assert flat(resumed) == expected[first:]
+    for other in (alternating(), alternating(seed=8)):
+        other.set_epoch(3)
+        assert flat(other) != expected
+
+
+def test_shares_of_other_sources_do_not_change_which_rows_a_source_gives():
+    """Sources are drawn each from a generator of its own: adding one leaves the others' first batches as they were."""
+    alone = alternating_order(three()[:2], 96, 8, seed=7, epoch=0).reshape(-1, 8)
+    both = alternating_order(three(), 144, 8, seed=7, epoch=0).reshape(-1, 8)
+    assert [b.tolist() for b in both if b[0] < 1000] == [b.tolist() for b in alone if b[0] < 1000]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_out_alternating_batches(world):
+    parts = [alternating(batch=4, length=96, rank=rank, world_size=world) for rank in range(world)]
+    alone = flat(alternating(batch=4 * world, length=96))
+    assert len({len(part) for part in parts}) == 1
+    for part in parts:
+        owners(part)
+    for k, together in enumerate(alone):
+        assert sorted(chain(*(flat(part)[k] for part in parts))) == sorted(together)
+
+
+def test_several_pools_of_a_source_share_its_batches():
+    classes = np.array([0] * 90 + [1] * 10)
+    pools = [*class_pools(np.arange(100), classes, 1.0), Pool(1000 + np.arange(5), 1.0, source=1)]
+    order = alternating_order(pools, 320, 8, seed=0, epoch=0)
+    own = order[order < 1000]
+    assert len(own) == 160
+    assert np.bincount(classes[own]).tolist() == [80, 80]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [0, 5, 16, 17])
 def test_evaluation_has_no_duplicates(length, world):
@@ -173,6 +264,7 @@ def test_evaluation_has_no_duplicates(length, world):
         ({"length": 0}, "at least 1"),
         ({"ratios": {"a": -1.0, "b": 2.0}}, "shares must be positive"),
         ({"ratios": {"a": 0.0}}, "shares must be positive"),
+        ({"batches": "alternating"}, "write mixed or alternate"),
     ],
 )
 def test_bad_sampling(arguments, message):

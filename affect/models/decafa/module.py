@@ -160,9 +160,9 @@ class Decafa(AffectModule):
 
         Returns:
             ``stages``: by task the numbers of its alignment metric (``nme``, ``fr/<t>``, ``auc/<t>``, ``skipped``), a
-            list each over stages, in pixels of the stored images; ``spread``, the mean distance of a map's mass from its
-            point (root of its variance) as a share of the crop's width, over labelled points; and ``points``, how many
-            these are.
+            list each over stages, in pixels of the stored images; ``spread``, the mean distance of a map's mass from
+            its point (root of its variance) as a share of the crop's width, over labelled points; and ``points``, how
+            many these are.
         """
         batches = next((found for found in map(loader, ("test", "validation")) if found is not None), None)
         told = super().examine(loader)
