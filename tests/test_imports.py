@@ -34,6 +34,8 @@ MAY_IMPORT = {
     "compression": set(),
     "release": {"labels", "tasks", "encoders", "models", "geometry", "compression"},
     "report": {"labels", "metrics"},
+    "foreign": {"labels", "tasks", "models", "geometry", "release"},
+    "export": {"tasks", "models", "foreign", "data.batch"},
     "commands": None,
 }
 """Rooms of ours that each room may import besides itself; None means everything. ``data.batch`` is what travels from
