@@ -169,6 +169,8 @@ COMMANDS = (
             ("dataset", "what to prepare; it also chooses the recipe"),
             ("dataset.root", "folder as delivered"),
             ("prepare", "recipe of the crops; training takes the same one and finds them"),
+            ("landmarks", "who finds points: faceapi, mediapipe, face_alignment, or decafa, a model that you trained"),
+            ("checkpoint", "for landmarks=decafa: folder of a run or of a release"),
             ("workers", "processes; null is one per core"),
             ("store", "files, or shards: few large Arrow files instead of millions of small ones"),
             ("shard", "i/n: do only this part, for job arrays; merge=true afterwards"),
@@ -178,6 +180,7 @@ COMMANDS = (
         (
             "prepare dataset=bp4d dataset.root=/data/BP4D",
             "prepare dataset=disfa dataset.root=/data/DISFA prepare=similarity49_200 store=shards workers=16",
+            "prepare dataset=bp4d dataset.root=/data/BP4D landmarks=decafa checkpoint=runs/decafa_faces/faces",
             "prepare dataset=bp4d dataset.root=/data/BP4D shard=0/16",
             "prepare dataset=bp4d dataset.root=/data/BP4D merge=true",
         ),

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from affect.commands import assembly
+from affect.commands.landmarks import describe_provider, finder_maker, provider_name, read_provider
 from affect.commands.prepared import read_arguments, reader_code, recipe_words, stored_recipes, train_command
 from affect.data import prepare
 from affect.data.prepare import Work
 from affect.data.table import FaceTable
 from affect.errors import ConfigError
-from affect.geometry import CropRecipe, build_finder
-from affect.geometry.providers import describe_finder
+from affect.geometry import CropRecipe, FaceFinder, build_finder
+from affect.geometry.providers import FINDERS, describe_finder
+from affect.release import Release
 
 OWN = "annotations"
 
@@ -43,9 +47,19 @@ def run(config: DictConfig) -> None:
         raise ConfigError("merge=true comes behind the shards: run it once without shard=…")
     cache = Path(config.paths.cache).expanduser() if config.paths.cache else None
     table = assembly.read_table(config.dataset, cache)
+    recipe, release = with_landmarks(recipe, config)
     folder = prepare.folder_of(config.paths.prepared, name, recipe)
     detector, provider = needed_models(recipe, table, name)
-    looking = None if detector is None else functools.partial(build_finder, detector, provider, str(config.device))
+    if detector is None and config.landmarks is not None:
+        raise ConfigError(
+            f"landmarks={config.landmarks}: prepare={recipe.name} takes {name}'s own {recipe.needs}, looks for none; "
+            "set prepare.detector=faceapi, or leave landmarks out"
+        )
+    looking: Callable[[], FaceFinder] | None = None
+    if release is not None and detector is not None:
+        looking = finder_maker(release, detector, str(config.device), list(config.trust))
+    elif detector is not None:
+        looking = functools.partial(build_finder, detector, provider, str(config.device))
     work = Work(
         folder,
         table,
@@ -58,6 +72,8 @@ def run(config: DictConfig) -> None:
     )
     _ = work.finder  # what is missing is said once, here, before anything is written
     models = {"detector": OWN, "provider": OWN} if detector is None else describe_finder(detector, provider)
+    if release is not None:
+        models["provider"] = describe_provider(release)
     prepare.claim(work, models)
     units = prepare.plan(table, root=prepare.image_root(work))
     if not config.merge:
@@ -78,6 +94,25 @@ def run(config: DictConfig) -> None:
     console.print(
         f"next: {train_command(config.dataset, prepared, settings)}", soft_wrap=True, highlight=False, markup=False
     )
+
+
+def with_landmarks(recipe: CropRecipe, config: DictConfig) -> tuple[CropRecipe, Release | None]:
+    """Return the recipe with the provider that ``landmarks`` names, and the checkpoint if it is one of a model.
+
+    A model's name in the recipe holds the hash of its checkpoint, so that training finds the crops by it alone.
+
+    Raises:
+        ConfigError: If the name is unknown, or a checkpoint is missing, is not asked for, or holds something else.
+    """
+    asked = str(recipe.provider if config.landmarks is None else config.landmarks)
+    if asked in (*FINDERS, OWN):
+        if config.checkpoint is not None:
+            raise ConfigError(
+                f"checkpoint={config.checkpoint} is not used by landmarks={asked}; name its model: landmarks=decafa"
+            )
+        return dataclasses.replace(recipe, provider=asked), None
+    release = read_provider(asked, config.checkpoint, list(config.trust))
+    return dataclasses.replace(recipe, provider=provider_name(release)), release
 
 
 def needed_models(recipe: CropRecipe, table: FaceTable, name: str) -> tuple[str | None, str]:

@@ -25,6 +25,7 @@ from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, H
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.check import verified
 from affect.commands.distributed import cluster_environment, join_tasks, use_own_launcher, wait_for_all
+from affect.commands.landmarks import POINTS, TYPICAL_FACES, typical_points
 from affect.commands.run_folder import (
     RESULTS,
     SELECTION,
@@ -540,6 +541,9 @@ def finish(
         "thresholds": thresholds,
         "smoothing": window,
     }
+    if any(task.landmark_scheme is not None for task in module.tasks.values()):
+        # Upright crops of new photographs are cut so that points lie where they did in training.
+        preprocess[POINTS] = typical_points(module.tasks, datamodule.sample(TRAIN, TYPICAL_FACES))
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
     plain = OmegaConf.to_container(bound, resolve=True)
     results: dict[str, Any] = {

@@ -13,6 +13,7 @@ from affect.geometry.alignment import (
     warp,
 )
 from affect.geometry.providers import (
+    CropLandmarks,
     Detection,
     FaceAlignmentFinder,
     FaceApiDetector,
@@ -29,6 +30,7 @@ from affect.geometry.providers import (
 )
 
 __all__ = [
+    "CropLandmarks",
     "CropRecipe",
     "Detection",
     "FaceAlignmentFinder",

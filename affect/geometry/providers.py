@@ -8,6 +8,7 @@ finder                   needs                           gives
 ``MediapipeFinder``      extra ``mediapipe``             68 points, head pose, 52 blendshapes
 ``FaceAlignmentFinder``  weights in torch's hub cache    68 points
 ``TwoStageFinder``       any detector and any provider   the provider's points
+``CropLandmarks``        a network that reads crops      its points, in boxes that are given
 =======================  ==============================  ==================================================
 
 Images are RGB uint8 ``(H, W, 3)``. Points and boxes are in pixels with the first pixel centre at 0. Nothing is ever
@@ -16,21 +17,23 @@ downloaded: what is missing is named together with what to do about it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from affect import labels
 from affect.errors import ConfigError, DataError, near
 from affect.geometry.alignment import CropRecipe, invert, transform_points, warp
+from affect.geometry.templates import FACE_68, WFLW_TO_68
 
 # ------------------------------------------------------------------------------------------------- interface
 
@@ -164,17 +167,192 @@ class TwoStageFinder:
         self.provider = provider
 
     def find(self, image: NDArray[np.uint8]) -> list[FaceObservation]:
-        image = require_rgb(image)
-        found = self.detector.detect(image)
-        if not found:
-            return []
-        points = self.provider.landmarks(image, np.stack([detection.box for detection in found]))
-        return _largest_first(
-            [
-                FaceObservation(detection.box, detection.score, face, self.provider.scheme)
-                for detection, face in zip(found, points, strict=True)
-            ]
+        return self.find_many([image])[0]
+
+    def find_many(self, images: Sequence[NDArray[np.uint8]]) -> list[list[FaceObservation]]:
+        """Return the faces of each image, largest first; networks that take many images at once get all of them."""
+        images = [require_rgb(image) for image in images]
+        detect_many = getattr(self.detector, "detect_many", None)
+        found: list[list[Detection]] = (
+            detect_many(images) if detect_many is not None else [self.detector.detect(image) for image in images]
         )
+        points = iter(self._points(images, found))
+        return [
+            _largest_first(
+                [FaceObservation(face.box, face.score, next(points), self.provider.scheme) for face in faces]
+            )
+            for faces in found
+        ]
+
+    def _points(
+        self, images: Sequence[NDArray[np.uint8]], found: Sequence[Sequence[Detection]]
+    ) -> list[NDArray[np.float64]]:
+        """Return the points of each face of each image, in their order."""
+        many = getattr(self.provider, "landmarks_many", None)
+        if many is not None:
+            owner = [image for image, faces in zip(images, found, strict=True) for _ in faces]
+            boxes = np.array([face.box for faces in found for face in faces]).reshape(-1, 4)
+            return list(many(owner, boxes))
+        pairs = [(image, faces) for image, faces in zip(images, found, strict=True) if faces]
+        return [
+            points
+            for image, faces in pairs
+            for points in self.provider.landmarks(image, np.stack([face.box for face in faces]))
+        ]
+
+
+class CropLandmarks:
+    """Points from a network that reads crops, e.g. a trained model.
+
+    Detectors disagree on where a face ends, and so do the boxes of data sets. So the first pass puts the mean face into
+    the box that is given and crops by it as the network was trained, and later passes crop by the points of the pass
+    before. A face whose points of a pass cannot be cropped by (all of them in one place) keeps the crop that they were
+    found in.
+
+    Args:
+        predict: Takes crops, RGB uint8 ``(N, S, S, 3)``, and returns points ``(N, P, 2)`` in pixels of the crops.
+        recipe: Crops that the network reads; of kind ``box`` or ``similarity``.
+        scheme: Key of ``labels.SCHEMES`` that its points follow.
+        typical: Mean position of the points in the crops that the network was trained on, ``(P, 2)`` in pixels of the
+            crop; for upright crops (``box``), where nothing else says which part of a face its box held. None takes the
+            box itself in the first pass, and the box around the points in later ones.
+        passes: 1 or more.
+        batch_size: Most crops of one call of ``predict``.
+
+    Raises:
+        ConfigError: If the recipe crops nothing, a number is too small, or the scheme is unknown.
+        DataError: If the typical points are not those of the scheme, or lie in one place.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[NDArray[np.uint8]], NDArray[np.float64]],
+        recipe: CropRecipe,
+        scheme: str = "68",
+        typical: ArrayLike | None = None,
+        passes: int = 2,
+        batch_size: int = 32,
+    ) -> None:
+        if scheme not in labels.SCHEMES:
+            raise ConfigError(f"scheme={scheme!r}: {near(scheme, labels.SCHEMES)}")
+        if recipe.kind == "none":
+            raise ConfigError(f"recipe {recipe.name}: a landmark provider crops faces by boxes or points; use kind=box")
+        if passes < 1 or batch_size < 1:
+            raise ConfigError(f"passes={passes}, batch_size={batch_size}: must be at least 1")
+        self.predict, self.recipe, self.scheme = predict, recipe, scheme
+        self.passes, self.batch_size = int(passes), int(batch_size)
+        self.typical = None if typical is None else np.asarray(typical, np.float64)
+        count = labels.SCHEMES[scheme].points
+        if self.typical is not None and (self.typical.shape != (count, 2) or not np.ptp(self.typical, axis=0).any()):
+            raise DataError(f"typical points: shape {self.typical.shape}, wanted ({count}, 2), not all in one place")
+
+    def landmarks(self, image: NDArray[np.uint8], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        return self.landmarks_many([image] * len(boxes), boxes)
+
+    def landmarks_many(self, images: Sequence[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return points ``(N, P, 2)`` for one image and one box each; they may lie outside the image.
+
+        Raises:
+            DataError: If a box has no area or is not finite, or the network returns something else than points.
+        """
+        count = labels.SCHEMES[self.scheme].points
+        if not len(images):
+            return np.zeros((0, count, 2))
+        images = [require_rgb(image) for image in images]
+        matrices = self._first(np.asarray(boxes, np.float64))
+        points = np.zeros((0, count, 2))
+        for done in range(1, self.passes + 1):
+            points = transform_points(invert(matrices), self._read(images, matrices, count))
+            if done < self.passes:
+                usable, again = self._crops(points)
+                matrices = np.where(usable[:, None, None], again, matrices)
+        return points
+
+    def _first(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return crops ``(N, 2, 3)`` by the mean face in boxes ``(N, 4)``, or by the boxes where none is known."""
+        # It also says what is wrong with a box.
+        upright = dataclasses.replace(self.recipe, kind="box").matrices(boxes=boxes)
+        mean = mean_face(self.scheme)
+        if mean is None or (self.recipe.kind == "box" and self.typical is None):
+            return upright
+        side = (boxes[:, 2:] - boxes[:, :2]).max(1)[:, None, None]
+        centre = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+        index, shape = mean
+        points = np.full((len(boxes), labels.SCHEMES[self.scheme].points, 2), np.nan)
+        points[:, index] = centre + side * (shape - 0.5)
+        usable, matrices = self._crops(points)
+        return np.where(usable[:, None, None], matrices, upright)
+
+    def _crops(self, points: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Return for points ``(N, P, 2)`` whether faces can be cropped by them, and the crops ``(N, 2, 3)``."""
+        matrices = np.zeros((len(points), 2, 3))
+        if self.recipe.kind == "similarity":
+            usable = self.recipe.usable(points=points)
+            if usable.any():
+                matrices[usable] = self.recipe.matrices(points[usable])
+            return usable, matrices
+        known = np.isfinite(points).all((0, 2))
+        if self.typical is not None:
+            return _upright(points[:, known], self.typical[known])
+        around = np.concatenate([np.nanmin(points, 1), np.nanmax(points, 1)], 1)
+        usable = self.recipe.usable(boxes=around)
+        if usable.any():
+            matrices[usable] = self.recipe.matrices(boxes=around[usable])
+        return usable, matrices
+
+    def _read(
+        self, images: Sequence[NDArray[np.uint8]], matrices: NDArray[np.float64], count: int
+    ) -> NDArray[np.float64]:
+        """Return points ``(N, P, 2)`` in pixels of the crops that ``matrices`` cut."""
+        parts = []
+        for start in range(0, len(images), self.batch_size):
+            pairs = zip(images[start : start + self.batch_size], matrices[start : start + self.batch_size], strict=True)
+            crops = np.stack([self.recipe.crop(image, matrix) for image, matrix in pairs])
+            found = np.asarray(self.predict(crops), np.float64)
+            if found.shape != (len(crops), count, 2) or not np.isfinite(found).all():
+                raise DataError(
+                    f"landmark provider: the network returned {found.shape} for {len(crops)} crops, wanted finite "
+                    f"numbers ({len(crops)}, {count}, 2)"
+                )
+            parts.append(found)
+        return np.concatenate(parts)
+
+
+def mean_face(scheme: str) -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
+    """Return which points of a scheme the mean face has, and where in its unit square; None if it has none.
+
+    Args:
+        scheme: Key of ``labels.SCHEMES``.
+
+    Example:
+        >>> index, points = mean_face("5")
+        >>> index.tolist(), points[0].round(2).tolist()
+        ([0, 1, 2, 3, 4], [0.29, 0.2])
+    """
+    if scheme == "68":
+        return np.arange(68), np.asarray(FACE_68)
+    if scheme == "98":
+        return np.array(WFLW_TO_68), np.asarray(FACE_68)
+    if scheme == "5":
+        return np.arange(5), np.stack([FACE_68[list(group)].mean(0) for group in labels.POINTS_68_TO_5])
+    return None
+
+
+def _upright(points: NDArray[np.float64], target: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return scale and shift ``(N, 2, 3)`` that give points ``(N, K, 2)`` the place and the spread of ``target``.
+
+    Rows whose points lie in one place have none: the first array is False there.
+    """
+    centre, middle = points.mean(1), target.mean(0)
+    spread = np.sqrt(((points - centre[:, None]) ** 2).sum((1, 2)))
+    wanted = np.sqrt(((target - middle) ** 2).sum())
+    usable = spread > 1e-6 * (1 + np.abs(centre).max(1))
+    scale = wanted / np.where(usable, spread, 1)
+    matrices = np.zeros((len(points), 2, 3))
+    matrices[:, 0, 0] = matrices[:, 1, 1] = scale
+    matrices[:, :, 2] = middle - scale[:, None] * centre
+    return usable, matrices
 
 
 # -------------------------------------------------------------------------------------------------- face-api
@@ -299,19 +477,6 @@ class FaceApiFinder(TwoStageFinder):
     def __init__(self, device: str = "cpu", **detector: Any) -> None:  # noqa: ANN401
         super().__init__(FaceApiDetector(device=device, **detector), FaceApiLandmarks(device=device))
         self.device = device
-
-    def find_many(self, images: Sequence[NDArray[np.uint8]]) -> list[list[FaceObservation]]:
-        """Return the faces of each image, largest first; the networks run on all images at once."""
-        images = [require_rgb(image) for image in images]
-        found = self.detector.detect_many(images)  # type: ignore[attr-defined]
-        owner = [k for k, faces in enumerate(found) for _ in faces]
-        boxes = np.array([face.box for faces in found for face in faces]).reshape(-1, 4)
-        points = self.provider.landmarks_many([images[k] for k in owner], boxes)  # type: ignore[attr-defined]
-        seen: list[list[FaceObservation]] = [[] for _ in images]
-        detections = (detection for faces in found for detection in faces)
-        for k, detection, face in zip(owner, detections, points, strict=True):
-            seen[k].append(FaceObservation(detection.box, detection.score, face, self.provider.scheme))
-        return [_largest_first(faces) for faces in seen]
 
     def expressions(self, image: NDArray[np.uint8], faces: Sequence[FaceObservation]) -> NDArray[np.float64]:
         """Return the probability of each of ``faceapi.EXPRESSIONS`` for each face, ``(N, 7)``."""
@@ -589,20 +754,34 @@ def build_finder(detector: str, provider: str, device: str = "cpu") -> FaceFinde
         return FaceApiFinder(device)
     if detector == provider:
         return FaceAlignmentFinder(device=device)
-    found: FaceDetector
-    if detector == "faceapi":
-        found = FaceApiDetector(device=device)
-    elif detector == "mediapipe":
-        found = MediapipeFinder()
-    elif detector == "mtcnn":
-        from affect.geometry.mtcnn import MtcnnDetector
-
-        found = MtcnnDetector(device=device)
-    else:
-        found = FaceAlignmentFinder(device=device)
+    found = build_detector(detector, device)
     if provider == "faceapi":
         return TwoStageFinder(found, FaceApiLandmarks(device=device))
     return FaceAlignmentFinder(detector=found, device=device)
+
+
+def build_detector(name: str, device: str = "cpu") -> FaceDetector:
+    """Return the detector of a name.
+
+    Args:
+        name: One of ``FINDERS``, or ``mtcnn``.
+        device: Where networks run.
+
+    Raises:
+        ConfigError: If the name is unknown, or a package is missing.
+        DataError: If weights are missing.
+    """
+    if name == "faceapi":
+        return FaceApiDetector(device=device)
+    if name == "mediapipe":
+        return MediapipeFinder()
+    if name == "mtcnn":
+        from affect.geometry.mtcnn import MtcnnDetector
+
+        return MtcnnDetector(device=device)
+    if name == "face_alignment":
+        return FaceAlignmentFinder(device=device)
+    raise ConfigError(f"detector={name}: {near(name, (*FINDERS, 'mtcnn'))}")
 
 
 def describe_finder(detector: str, provider: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import sys
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from affect import labels
 from affect.errors import ConfigError, DataError
 from affect.geometry import providers
-from affect.geometry.alignment import flip_matrix, transform_points, warp
+from affect.geometry.alignment import CropRecipe, flip_matrix, transform_points, warp
 from affect.geometry.providers import (
+    CropLandmarks,
     Detection,
     FaceAlignmentFinder,
     FaceApiDetector,
@@ -31,6 +33,7 @@ from affect.geometry.providers import (
     build_finder,
     describe_finder,
     landmarker_bundle,
+    mean_face,
     pose_from_rotation,
     require_rgb,
 )
@@ -396,3 +399,137 @@ class TestByName:
         assert described["detector"] != described["provider"]
         assert all("@vladmandic/face-api@1.7.15" in text and "sha256" in text for text in described.values())
         assert describe_finder("annotations", "annotations")["provider"] == "annotations"
+
+
+# ------------------------------------------------------------------------------------- a network that reads crops
+
+
+def dots(points, size=(160, 200)):
+    """An image whose pixels hold how near each of five points is: one soft bump per point, on three channels."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    image = np.zeros((*size, 3))
+    for k, (px, py) in enumerate(points):
+        bump = np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * 3.0**2))
+        # Eyes are red and green, the nose blue, the corners of the mouth yellow and cyan.
+        colour = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])[k]
+        image += 255 * bump[..., None] * colour
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def read_dots(crops):
+    """Find the bumps of ``dots``; what is not in the crop is in its middle, as a network without a clue would say."""
+    colours = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
+    found = np.zeros((len(crops), 5, 2))
+    y, x = np.mgrid[: crops.shape[1], : crops.shape[2]]
+    for n, crop in enumerate(crops.astype(float) / 255):
+        for k, colour in enumerate(colours):
+            on, off = crop[..., colour == 1].min(-1), crop[..., colour == 0].max(-1)
+            weight = np.clip(on - off - 0.1, 0, None)
+            total = weight.sum()
+            middle = (crops.shape[1] - 1) / 2
+            found[n, k] = ((weight * x).sum() / total, (weight * y).sum() / total) if total > 0.5 else (middle, middle)
+    return found
+
+
+SHAPE = np.array([(60, 60), (110, 62), (86, 85), (65, 115), (106, 114)], float)
+BOX = np.array([40.0, 35, 130, 135])
+RECIPE_OF_CROPS = CropRecipe(name="crops", kind="box", size=64, margin=0.1)
+
+
+@pytest.mark.parametrize("kind", ["box", "similarity"])
+@pytest.mark.parametrize("typical", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_crop_landmarks_are_in_pixels_of_the_image(kind, typical, passes):
+    recipe = CropRecipe(name="crops", kind=kind, size=64, margin=0.1, points="eyes_mouth_5")
+    mean = transform_points(CropRecipe(kind="similarity", size=64, margin=0.4).matrix(DLIB), DLIB)
+    five = np.stack([mean[list(group)].mean(0) for group in labels.POINTS_68_TO_5])
+    provider = CropLandmarks(read_dots, recipe, "5", five if typical else None, passes)
+    assert isinstance(provider, LandmarkProvider)
+    images = [dots(SHAPE), dots(SHAPE + np.array([30, 10]))]
+    found = provider.landmarks_many(images, np.stack([BOX, BOX + np.array([30, 10, 30, 10])]))
+    np.testing.assert_allclose(found, [SHAPE, SHAPE + np.array([30, 10])], atol=0.6)
+
+
+def test_later_passes_crop_as_the_network_was_trained():
+    """Whatever box a detector gives, the last crop is the one in which the points have their typical place."""
+    typical = (SHAPE - BOX[:2]) / 100 * 40 + 12
+    seen = []
+
+    def watched(crops):
+        seen.append(read_dots(crops))
+        return seen[-1]
+
+    boxes = np.stack([BOX, BOX + np.array([-15, -20, 10, 5]), BOX + np.array([8, -5, 20, 10])])
+    found = CropLandmarks(watched, RECIPE_OF_CROPS, "5", typical, passes=3).landmarks(dots(SHAPE), boxes)
+    np.testing.assert_allclose(found, np.stack([SHAPE] * 3), atol=0.6)
+    assert len(seen) == 3
+    assert np.abs(seen[0] - typical).max() > 3
+    np.testing.assert_allclose(seen[-1], np.stack([typical] * 3), atol=1.0)
+
+
+def test_networks_get_all_faces_of_all_images_in_batches():
+    sizes = []
+
+    def counted(crops):
+        sizes.append(len(crops))
+        return read_dots(crops)
+
+    class Boxes:
+        def detect(self, image):
+            return [] if image.max() == 0 else [Detection(BOX, 0.9), Detection(BOX + np.array([-5, -5, 9, 9]), None)]
+
+    provider = CropLandmarks(counted, RECIPE_OF_CROPS, "5", passes=1, batch_size=4)
+    finder = TwoStageFinder(Boxes(), provider)
+    images = [dots(SHAPE), np.zeros((50, 50, 3), np.uint8), dots(SHAPE + np.array([5, 5])), dots(SHAPE)]
+    found = finder.find_many(images)
+    assert sizes == [4, 2]
+    assert [len(faces) for faces in found] == [2, 0, 2, 2]
+    for faces, shift in ((found[0], 0), (found[2], 5)):
+        assert np.diff([(face.box[2:] - face.box[:2]).prod() for face in faces])[0] < 0  # largest first
+        for face in faces:
+            assert face.scheme == "5"
+            np.testing.assert_allclose(face.points, SHAPE + shift, atol=0.6)
+    alone = [finder.find(image) for image in images]
+    for one, other in zip(chain.from_iterable(alone), chain.from_iterable(found), strict=True):
+        np.testing.assert_allclose(one.points, other.points)
+    assert finder.find_many([]) == []
+
+
+def test_faces_out_of_the_frame_and_points_in_one_place_are_no_error():
+    middle = CropLandmarks(lambda crops: np.full((len(crops), 5, 2), 31.5), RECIPE_OF_CROPS, "5", passes=3)
+    far = np.array([[-5000.0, -4000, -4900, -3900], [100, 80, 400, 380]])
+    found = middle.landmarks(dots(SHAPE), far)
+    np.testing.assert_allclose(found[:, 0], (far[:, :2] + far[:, 2:]) / 2)  # all that such a network can say
+    assert CropLandmarks(read_dots, RECIPE_OF_CROPS, "5").landmarks(dots(SHAPE), np.zeros((0, 4))).shape == (0, 5, 2)
+
+
+def test_bad_boxes_and_networks_are_named():
+    provider = CropLandmarks(read_dots, RECIPE_OF_CROPS, "5")
+    for box in ([10, 10, 10, 40], [10, 10, 5, 40], [np.nan, 0, 5, 5], [0, 0, np.inf, 5]):
+        with pytest.raises(DataError, match=r"1 of 2 images have no usable box \(first: row 1\)"):
+            provider.landmarks(dots(SHAPE), np.array([BOX, box]))
+    with pytest.raises(DataError, match=r"returned \(1, 4, 2\) for 1 crops, wanted finite numbers \(1, 5, 2\)"):
+        CropLandmarks(lambda crops: np.zeros((len(crops), 4, 2)), RECIPE_OF_CROPS, "5").landmarks(
+            dots(SHAPE), BOX[None]
+        )
+    with pytest.raises(DataError, match="wanted finite numbers"):
+        CropLandmarks(lambda crops: np.full((1, 5, 2), np.nan), RECIPE_OF_CROPS, "5").landmarks(dots(SHAPE), BOX[None])
+    with pytest.raises(ConfigError, match="kind=box"):
+        CropLandmarks(read_dots, CropRecipe(kind="none"), "5")
+    with pytest.raises(ConfigError, match="scheme='7'"):
+        CropLandmarks(read_dots, RECIPE_OF_CROPS, "7")
+    with pytest.raises(ConfigError, match="at least 1"):
+        CropLandmarks(read_dots, RECIPE_OF_CROPS, "5", passes=0)
+    with pytest.raises(DataError, match="not all in one place"):
+        CropLandmarks(read_dots, RECIPE_OF_CROPS, "5", np.ones((5, 2)))
+
+
+@pytest.mark.parametrize("scheme", list(labels.SCHEMES))
+def test_the_mean_face_has_the_eyes_of_every_scheme_that_it_has(scheme):
+    mean = mean_face(scheme)
+    assert (mean is None) == (scheme in ("29", "49", "106"))
+    if mean is not None:
+        index, points = mean
+        left, right = (points[[list(index).index(k) for k in side if k in index]] for side in
+                       (labels.SCHEMES[scheme].left_eye, labels.SCHEMES[scheme].right_eye))  # fmt: skip
+        np.testing.assert_allclose(left.mean(0) + right.mean(0), [1.0, 2 * left.mean(0)[1]], atol=1e-3)
