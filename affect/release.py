@@ -4,7 +4,7 @@
 ===================  ==============================================================================
 ``model.safetensors``  weights that prediction needs
 ``config.yaml``        plain YAML: the nodes ``task`` and ``model``, with every name written out; a compressed model
-                       has a node ``compression`` too
+                       has a node ``compression`` too, a quantized one the node ``quantization``
 ``labels.json``        the name of each output, by task
 ``preprocess.json``    crop recipe, image size, channel order, mean and standard deviation
 ``metrics.json``       the metrics of the run that made it
@@ -42,9 +42,10 @@ from affect.compression.structure import apply_structure
 from affect.errors import CheckpointError
 from affect.files import replacing, save_tensors
 from affect.models.base import AffectModule
+from affect.quantization import Quantization
 from affect.tasks import Task
 
-TRUSTED_ROOMS = ("affect.tasks", "affect.metrics", "affect.models", "affect.encoders")
+TRUSTED_ROOMS = ("affect.tasks", "affect.metrics", "affect.models", "affect.encoders", "affect.quantization")
 """Rooms whose public classes a release may name."""
 
 DATASET_TARGETS = ("affect.data.faces.FaceDials", "affect.data.faces.FaceImages", "affect.geometry.CropRecipe")
@@ -73,6 +74,11 @@ PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 
 COMPRESSION = "compression"
 """Node of a config that says how the layers of a compressed model differ from those that its node ``model`` builds."""
+
+QUANTIZATION = "quantization"
+"""Node of a config that says what of a model was quantized while it was trained."""
+
+CONFIG_NODES = {"task", "model", COMPRESSION, QUANTIZATION}
 
 
 @dataclass(frozen=True)
@@ -138,20 +144,21 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
         tasks[name] = {k: v for k, v in node.items() if k not in ("loss", "target")}
     model = {k: v for k, v in config["model"].items() if k not in ("objectives", "weighting")}
     plain = {"task": tasks, "model": _without_weights(model)}
-    return plain | ({COMPRESSION: config[COMPRESSION]} if config.get(COMPRESSION) else {})
+    return plain | {key: config[key] for key in (COMPRESSION, QUANTIZATION) if config.get(key)}
 
 
 def with_statistics(config: Mapping[str, Any], module: AffectModule) -> dict[str, Any]:
-    """Return a run config whose encoders name the mean and standard deviation that they normalise with.
+    """Return a run config that says what a trained model alone knows: the statistics of encoders, and quantization.
 
-    A release is built without the weights that brought these numbers, so it has to hold them itself. An encoder's node
-    is found by the encoder's name in the module.
+    A release is built without the weights that brought mean and standard deviation, so it has to hold them itself. An
+    encoder's node is found by the encoder's name in the module.
     """
     model = config["model"]
     for name, encoder in module.encoder_modules():
         numbers = {key: [float(x) for x in getattr(encoder, key)] for key in ("mean", "std") if hasattr(encoder, key)}
         model = _with_numbers(model, name.split("."), numbers)
-    return {**config, "model": model}
+    quantized = {} if module.quantization is None else {QUANTIZATION: module.quantization.describe()}
+    return {**config, "model": model, **quantized}
 
 
 def _with_numbers(node: Any, path: list[str], numbers: Mapping[str, list[float]]) -> Any:  # noqa: ANN401
@@ -206,7 +213,7 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
     metrics, people, training = (
         read_plain(folder / name) if (folder / name).is_file() else {} for name in (METRICS, PEOPLE, TRAINING)
     )
-    if not isinstance(config, dict) or not {"task", "model"} <= set(config) <= {"task", "model", COMPRESSION}:
+    if not isinstance(config, dict) or not {"task", "model"} <= set(config) <= CONFIG_NODES:
         raise CheckpointError(f"{folder / CONFIG}: must hold the nodes task and model and nothing else")
     check_texts(config, labels, preprocess, people, training, trust, lambda name: str(folder / name))
     try:
@@ -499,6 +506,8 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
             module = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
     except Exception as error:
         raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
+    if QUANTIZATION in release.config:
+        _quantize(module, release)
     if COMPRESSION in release.config:
         apply_structure(module, release.config[COMPRESSION], release.state, str(release.folder / CONFIG))
     try:
@@ -506,6 +515,18 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
     except RuntimeError as error:
         raise CheckpointError(f"{release.folder / MODEL}: does not fit its config: {_first_line(error)}") from error
     return module.eval()
+
+
+def _quantize(module: AffectModule, release: Release) -> None:
+    """Quantize a new model as the one was whose weights will be loaded."""
+    where = f"{release.folder / CONFIG}: {QUANTIZATION}"
+    try:
+        quantization = instantiate(release.config[QUANTIZATION], _convert_="object")
+        if not isinstance(quantization, Quantization):
+            raise CheckpointError(f"names a {type(quantization).__name__}")
+        quantization.apply(module)
+    except Exception as error:
+        raise CheckpointError(f"{where}: {_inner(error)}") from error
 
 
 class _Limited(TorchDispatchMode):

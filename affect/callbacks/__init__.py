@@ -5,6 +5,7 @@ from affect.callbacks.checkpoint import BEST, LAST, AtomicCheckpointIO, BestWeig
 from affect.callbacks.ema import EMA
 from affect.callbacks.history import History
 from affect.callbacks.preemption import Preempted, Preemption, preemptible
+from affect.callbacks.qat import QuantizationAwareTraining
 from affect.callbacks.seeding import SeedEachStep
 from affect.callbacks.stopping import EarlyStopping
 
@@ -19,6 +20,7 @@ __all__ = [
     "LastCheckpoint",
     "Preempted",
     "Preemption",
+    "QuantizationAwareTraining",
     "SeedEachStep",
     "preemptible",
 ]

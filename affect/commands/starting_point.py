@@ -15,6 +15,7 @@ from torch import nn
 from affect.errors import CheckpointError
 from affect.geometry import CropRecipe
 from affect.models.base import AffectModule
+from affect.quantization import latent_state
 from affect.release import MODEL, Release, build_model, build_tasks, read_release
 
 
@@ -109,7 +110,8 @@ def _head_tensors(module: AffectModule) -> set[str]:
 
 def transfer_tensors(source: AffectModule, module: AffectModule) -> dict[str, list[str]]:
     """Copy tensors of equal name and shape, heads excepted; return the names taken, new and dropped."""
-    own, other = module.release_state(), source.release_state()
+    # A quantized model starts another by its latent weights, under the names that they have in a float one.
+    own, other = module.release_state(), latent_state(source.release_state())
     skip = _head_tensors(module) | _head_tensors(source)
     taken = [k for k, v in own.items() if k not in skip and k in other and other[k].shape == v.shape]
     module.load_state_dict({name: other[name] for name in taken}, strict=False)

@@ -21,7 +21,17 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from affect import labels
-from affect.callbacks import BEST, EMA, LAST, AtomicCheckpointIO, BestWeights, History, SeedEachStep, preemptible
+from affect.callbacks import (
+    BEST,
+    EMA,
+    LAST,
+    AtomicCheckpointIO,
+    BestWeights,
+    History,
+    QuantizationAwareTraining,
+    SeedEachStep,
+    preemptible,
+)
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.check import verified
 from affect.commands.distributed import cluster_environment, join_tasks, use_own_launcher, wait_for_all
@@ -327,6 +337,7 @@ def _train(
         taken = apply_starting_point(module, config.init, list(config.trust), console, sources[0].described)
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history], None if chosen is None else chosen["epochs"])
+    quantize(config, module, trainer)
     by_score = config.selection in ("best_val", "best_on_test")
     if by_score and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(f"selection={config.selection} needs callbacks.best; or selection=last")
@@ -349,6 +360,7 @@ def _train(
     people = join_people(before, datamodule.people())
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
+    results["quantization"] = None if module.quantization is None else module.quantization.report(module)
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
     if config.get("figures", True):
         figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
@@ -422,6 +434,8 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         first = [*first, _Cut(epochs)]
     best = [callback for callback in callbacks if isinstance(callback, BestWeights)]
     others = [callback for callback in callbacks if not isinstance(callback, BestWeights)]
+    # Averages copy the model when training starts: by then it has to be the quantized one.
+    others.sort(key=lambda callback: not isinstance(callback, QuantizationAwareTraining))
     nodes = config.get("logger") or {}
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
     partial = assembly.make(config.trainer, "trainer", _partial_=True)
@@ -437,6 +451,22 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         raise assembly.translated(error, "trainer") from error
     use_own_launcher(trainer)
     return trainer
+
+
+def quantize(config: DictConfig, module: AffectModule, trainer: pl.Trainer) -> None:
+    """Quantize the model if a callback says so: behind ``init``, and before an optimiser or a state is there.
+
+    Raises:
+        ConfigError: If the model cannot be quantized so.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, QuantizationAwareTraining):
+            callback.wrap(module, trainer)
+            if callback.quantization.activations is not None and (config.get("compile") or {}).get("encoder"):
+                raise ConfigError(
+                    "compile.encoder=true: an encoder with quantized activations is a captured graph already; set "
+                    "compile.encoder=false, or callbacks.qat.activations=null"
+                )
 
 
 class _Cut(pl.Callback):

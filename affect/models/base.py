@@ -104,6 +104,7 @@ class AffectModule(pl.LightningModule):
 
     Attributes:
         last_validation: What the validation of the current epoch logged; empty before it.
+        quantization: What of the model is quantized (``affect.quantization.Quantization``), None for a float model.
         taps: Activations of the layers that objectives asked for, from the last forward pass; not detached.
     """
 
@@ -153,6 +154,7 @@ class AffectModule(pl.LightningModule):
         self._tap_handles: list[Any] = []
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}}
         self.last_validation: dict[str, float] = {}
+        self.quantization: Any = None
 
     # ---------------------------------------------------------------------------------- what methods override
 
