@@ -17,6 +17,7 @@ from affect.files import replacing
 from affect.metrics import AlignmentError, confusion_matrix
 from affect.metrics.alignment import image_errors
 from affect.models.base import AffectModule
+from affect.models.decafa import Decafa
 from affect.models.pal import PrivilegedAttribution
 from affect.models.tokens import TokenModule, token_names
 from affect.report import figures as draw
@@ -63,6 +64,10 @@ def write_run_figures(
         batch = first_batch(datamodule, part if datamodule.rows(part) else "train")
         if batch is not None:
             write_attention(folder, batch, module, loggers, len(history))
+    if isinstance(module, Decafa):
+        batch = first_batch(datamodule, part if datamodule.rows(part) else "train")
+        if batch is not None:
+            write_stages(folder, batch, module, results["findings"].get("stages", {}), loggers, len(history))
     path = output / "predictions" / f"{part}.parquet"
     if path.is_file():
         write_prediction_figures(folder, FaceTable.read_parquet(path), results["metrics"][part], module.tasks)
@@ -225,6 +230,37 @@ def write_attention(
         figure = draw.attention_sheet(images(batch), maps[name].float().cpu().numpy(), names, title=title)
         draw.save(figure, folder / f"{name}_attention.png")
         show(loggers, f"attention/{name}", figure, step)
+
+
+def write_stages(
+    folder: Path,
+    batch: Any,  # noqa: ANN401
+    module: Decafa,
+    found: Mapping[str, Any],
+    loggers: Sequence[Any] = (),
+    step: int = 0,
+) -> None:
+    """Write where each stage looks for the points of each task, and how they move: ``<task>_stages.png``.
+
+    Args:
+        folder: Folder of the run's figures.
+        batch: Faces; the first few are shown.
+        module: The trained model.
+        found: What it found of its stages, by task (``findings.stages``).
+        loggers: Loggers of the run; those that take figures get them.
+        step: Where figures stand on a logger's axis: the number of epochs.
+    """
+    with torch.inference_mode():
+        outputs = list(module.eval().run(batch.to(next(module.parameters()).device)))
+    true = crop_points(module.tasks, batch.targets, batch)
+    for scheme, name in module.names.items():
+        maps = torch.stack([output.maps[scheme].sum(1) for output in outputs]).float().cpu().numpy()
+        points = [outputs[k].points[scheme].float().cpu().numpy() for k in (0, -1)]
+        errors = found.get(name, {}).get("nme")
+        title = f"Where each stage looks for the points of {name}"
+        figure = draw.stage_sheet(images(batch), maps, *points, true[name], errors=errors, title=title)
+        draw.save(figure, folder / f"{name}_stages.png")
+        show(loggers, f"stages/{name}", figure, step)
 
 
 def show(loggers: Sequence[Any], name: str, figure: Any, step: int, text: str | None = None) -> None:  # noqa: ANN401

@@ -9,6 +9,7 @@ from affect.report.figures.gates import gate_usage
 from affect.report.figures.scatter import circumplex, coefficient_scatter
 from affect.report.figures.scores import au_bars, confusion_matrix, ladder_bars
 from affect.report.figures.sheets import landmark_sheet, prediction_sheet, sample_sheet
+from affect.report.figures.stages import stage_sheet
 from affect.report.figures.style import save, save_image
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "save",
     "save_image",
     "soft_order_matrix",
+    "stage_sheet",
     "training_curves",
     "weight_curves",
 ]
