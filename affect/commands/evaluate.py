@@ -14,16 +14,27 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from affect.commands import assembly, decisions, inference
-from affect.commands.configuration import is_given
+from affect.commands.configuration import config_directory, is_given
+from affect.commands.expression_classes import class_note, class_records
 from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import check_columns, group_columns, headline_names, headline_table, missing_faces, quiet
 from affect.data.datamodule import ALL, FaceDataModule
 from affect.data.images import Source
 from affect.data.protocol import TEST, known_people, part_name
 from affect.errors import CheckpointError, ConfigError, DataError, near
+from affect.foreign import (
+    PACKAGED,
+    Adapter,
+    Program,
+    adapter_names,
+    build_predictor,
+    open_checkpoint,
+    read_adapter,
+)
+from affect.foreign.packaged import PackagedRelease
 from affect.geometry import CropRecipe
 from affect.metrics import F1
-from affect.release import MODEL, PREPROCESS, Release, build_model, build_tasks, check_config, read_release
+from affect.release import MODEL, PREPROCESS, Release, build_tasks, check_config
 from affect.report import environment, provenance, read_json, results_table, subgroup_tables, write_json
 from affect.report.provenance import ON_TEST
 from affect.tasks import Task
@@ -42,7 +53,7 @@ def run(config: DictConfig) -> None:
         raise ConfigError(f"thresholds={config.thresholds}: write {decisions.FIXED}, or null for the checkpoint's own")
     asked = decisions.check_window(config.smoothing)
     trust = list(config.trust)
-    release = read_release(Path(config.checkpoint).expanduser(), trust)
+    release = open_checkpoint(str(config.checkpoint), trust, chosen_adapter(config))
     settings = data_settings(config, release, trust)
     recipe, differing = crop_recipe(settings, release, stored_run(release, trust), is_given("prepare"))
     # Who tests holds nothing out, so near-duplicates need not be found again.
@@ -50,7 +61,7 @@ def run(config: DictConfig) -> None:
     differing += crop_differences([source.described for source in sources if source.described != recipe], release)
     for line in differing:
         console.print(f"note: {line}", highlight=False)
-    part = config.part or default_part(settings, stored_run(release, trust), sources)
+    part = config.part or default_part(settings, stored_run(release, trust), sources, release.training.get("tables"))
     offered = build_tasks(release)
     tasks = usable_tasks(offered, sources, release, console)
     if "f1_empty" in (config.get("protocol") or {}):
@@ -60,7 +71,7 @@ def run(config: DictConfig) -> None:
         thresholds = decisions.describe(tasks, decisions.FIXED)
     decisions.apply(tasks, thresholds["values"])
     window = decisions.check_window(release.preprocess.get("smoothing")) if config.smoothing is None else asked
-    module = build_model(release, build_tasks(release))
+    module = build_predictor(release, build_tasks(release))
     image_size = int(release.preprocess["image_size"])
     datamodule = assembly.build_datamodule(settings, sources, tasks, image_size)
     datamodule.setup("test")
@@ -88,12 +99,16 @@ def run(config: DictConfig) -> None:
     bootstrap = (config.bootstrap.resamples, config.bootstrap.level)
     records = inference.table_metrics(table, tasks, *bootstrap, 0, group_by)
     sums = inference.headline_records(table, tasks, headline, *bootstrap)
+    classes = class_records(table, tasks, *bootstrap)
+    for name, found in classes.items():
+        summary["notes"].append(class_note(name, found))
 
-    out = Path(config.out) if config.out else Path(config.checkpoint) / "evaluate" / f"{data_name(settings)}-{part}"
+    out = Path(config.out) if config.out else output_folder(str(config.checkpoint), release)
+    out = out if config.out else out / f"{data_name(settings)}-{part}"
     table.to_parquet(out / "predictions" / f"{part}.parquet")
     results: dict[str, Any] = {
         "checkpoint": str(config.checkpoint),
-        "sha256": hashlib.sha256((release.folder / MODEL).read_bytes()).hexdigest(),
+        "sha256": weights_hash(release),
         "selection": selection_of_run(release),
         "dataset": settings.dataset.name,
         "dataset_config": OmegaConf.to_container(settings.dataset, resolve=True),
@@ -107,6 +122,7 @@ def run(config: DictConfig) -> None:
         "tasks_left_out": sorted(offered.keys() - tasks.keys()),
         "headline": sums,
         "metrics": {part: records},
+        "all_classes": classes,
         "missing_faces": missing_faces(settings, summary),
         "data": summary,
         "preprocess": release.preprocess,
@@ -125,10 +141,51 @@ def run(config: DictConfig) -> None:
     if sums:
         console.print(headline_table(sums, title, note))
     console.print(results_table(shown, title, note=note))
+    for name, found in classes.items():
+        console.print(f"note: {class_note(name, found)}", highlight=False)
+        console.print(
+            results_table(found["records"], f"{title}, {name} over all {len(found['all'])} classes", note=note)
+        )
     if any(record.get("subgroup") for record in records):
         for subgroups in subgroup_tables(records, note=note, names=headline_names(sums)):
             console.print(subgroups)
     console.print(f"[bold]{out}[/bold]: results.json, predictions/{part}.parquet")
+
+
+def chosen_adapter(config: DictConfig) -> Adapter | None:
+    """Return the adapter of an ONNX file: ``adapter=<name or YAML file>``, or the YAML file of its name beside it.
+
+    Raises:
+        ConfigError: If there is no adapter of that name.
+    """
+    given = config.get("adapter")
+    if given is None:
+        beside = Path(str(config.checkpoint)).expanduser().with_suffix(".yaml")
+        return read_adapter(beside) if str(config.checkpoint).endswith(".onnx") and beside.is_file() else None
+    if str(given).endswith((".yaml", ".yml")):
+        return read_adapter(Path(str(given)).expanduser())
+    names = adapter_names(config_directory())
+    if given not in names:
+        raise ConfigError(f"adapter={given}: {near(str(given), names)}; or give a YAML file")
+    return read_adapter(config_directory() / "foreign" / f"{given}.yaml")
+
+
+def output_folder(checkpoint: str, release: Release) -> Path:
+    """Return the folder of a checkpoint's evaluations: inside its own, beside an ONNX file, or here for others."""
+    if isinstance(release, Program):
+        return release.file.with_suffix(".evaluate")
+    path = Path(checkpoint).expanduser()
+    if isinstance(release, PackagedRelease) or not path.is_dir():
+        return Path("evaluate") / checkpoint.partition(":")[2].replace("/", "--").replace("@", "-")
+    return path / "evaluate"
+
+
+def weights_hash(release: Release) -> str:
+    """Return the hash of what holds a checkpoint's weights."""
+    if isinstance(release, PackagedRelease):
+        return PACKAGED[release.network].sha256
+    content = release.content if isinstance(release, Program) else (release.folder / MODEL).read_bytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def trained_people(datamodule: FaceDataModule, part: str, release: Release) -> list[str]:
@@ -145,19 +202,27 @@ def trained_people(datamodule: FaceDataModule, part: str, release: Release) -> l
     if leaks and not datamodule.protocol.allow_leak:
         raise DataError(
             f"{'; '.join(leaks)}; evaluate on other people, leave these out (protocol.keep), or let "
-            "++protocol.allow_leak=true mark every number"
+            "allow_leak=true mark every number"
         )
     return leaks
 
 
-def default_part(settings: DictConfig, stored: DictConfig | None, sources: Sequence[Source]) -> str:
+def default_part(
+    settings: DictConfig,
+    stored: DictConfig | None,
+    sources: Sequence[Source],
+    tables: Mapping[str, str] | None = None,
+) -> str:
     """Return the part where the command line names none: ``test``, but ``all`` of another set without a test part.
 
     Args:
         settings: Nodes ``dataset`` and ``protocol`` of the evaluation.
         stored: Those of the run that made the checkpoint; rows of the same set may have trained it.
         sources: The dataset.
+        tables: Fingerprints of the tables that trained a release, which does not say where they lay.
     """
+    if stored is not None and tables and any(source.table.fingerprint in tables.values() for source in sources):
+        return TEST
     if stored is not None and all(settings.dataset.get(key) == stored.dataset.get(key) for key in ("name", "table")):
         return TEST
     wanted = set(part_name(settings.protocol.get("test")).casefold().split("+"))
@@ -180,6 +245,11 @@ def score_empty_outputs(tasks: Mapping[str, Task], value: float) -> None:
 
 def selection_of_run(release: Release) -> dict[str, Any] | None:
     """Return what selected the weights, as the run that the release lies in noted it; None without a run."""
+    if isinstance(release, Program):
+        return release.selection
+    if release.training:
+        selected = release.training.get("selected")
+        return dict(selected) if isinstance(selected, dict) else None
     path = release.folder.parent / RESULTS
     try:
         results = read_json(path) if path.is_file() else None
@@ -203,6 +273,7 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     if not _is_whole(node):
         if stored is None:
             raise ConfigError(f"checkpoint={config.checkpoint} is a release without its run: name a dataset=…")
+        require_place(stored, node, str(config.checkpoint), release)
         settings.dataset, settings.selection = restated(stored.dataset, node), stored.selection
         if settings.data.limit is None:
             settings.data.limit = stored.data.limit
@@ -211,13 +282,36 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
     if stored is not None:
         # A part of the protocol (protocol.test=1) changes the run's; a whole one (protocol=default) replaces it.
         given = settings.get("protocol") or OmegaConf.create({})
+        if settings.dataset.get("name") == stored.dataset.get("name") and not is_given("protocol"):
+            given = OmegaConf.create({})  # the same set: its fold is that of the training, not the set's first one
         settings.protocol = OmegaConf.merge(stored.protocol, given)
         for key in ("keep", "subsets", "headline"):  # A mapping is replaced, not mixed with that of another protocol.
             if key in given:
                 settings.protocol[key] = given[key]
     if not settings.get("protocol"):
         raise ConfigError("name a protocol=… (e.g. protocol=default)")
+    if config.get("allow_leak"):
+        settings.protocol.allow_leak = True
     return settings
+
+
+def require_place(stored: DictConfig, given: DictConfig, checkpoint: str, release: Release) -> None:
+    """Refuse to look for a published checkpoint's own dataset where nobody said that it lies.
+
+    Raises:
+        ConfigError: With what to add to the command line.
+    """
+    if not release.training:
+        return
+    for key, what in (("table", "table=<your table>"), ("root", "root=<its folder>")):
+        read = stored.dataset.get("read")
+        asked = key in stored.dataset and stored.dataset[key] is None and isinstance(read, DictConfig) and key in read
+        if asked and given.get(key) is None and stored.dataset.name not in ("orl", "faces"):
+            name = stored.dataset.name
+            raise ConfigError(
+                f"checkpoint={checkpoint} was trained on {name}, and does not say where yours lies: add dataset={name} "
+                f"dataset.{what}"
+            )
 
 
 def _is_whole(node: DictConfig) -> bool:
@@ -309,6 +403,11 @@ def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
     Raises:
         CheckpointError: If they could run code that is neither ours nor trusted.
     """
+    if release.training:
+        keys = ("dataset", "protocol", "selection", "prepare", "data")
+        return OmegaConf.create({key: release.training[key] for key in keys if key in release.training})
+    if isinstance(release, Program | PackagedRelease):
+        return None
     path = release.folder.parent / CONFIG
     loaded = OmegaConf.load(path) if path.is_file() else None
     if not isinstance(loaded, DictConfig) or "dataset" not in loaded or "protocol" not in loaded:

@@ -100,9 +100,10 @@ COMMANDS = (
     ),
     Command(
         "evaluate",
-        "Compute predictions and metrics of a run or a release on a dataset.",
+        "Compute predictions and metrics of a run, a release, an exported file or others' models on a dataset.",
         (
-            ("checkpoint", "folder of a run or of a release"),
+            ("checkpoint", "folder of a run or a release, .onnx file, packaged:<name>, or <owner>/<name> on the hub"),
+            ("adapter", "what an ONNX file of others takes and gives: a name in conf/foreign, or a YAML file"),
             ("dataset", "null takes the dataset of the run"),
             ("part", "train, validation, test or all"),
             ("group_by", "columns to report metrics by"),
@@ -119,6 +120,32 @@ COMMANDS = (
         "Run a controlled experiment: every arm with every seed, and one table with intervals.",
         (
             ("experiment", "controlled/<name>"),
+            "evaluate checkpoint=theirs.onnx adapter=emotiefflib_8 dataset=rafdb dataset.root=/data/RAF-DB",
+            "evaluate checkpoint=packaged:face_expression dataset=faces protocol=default part=all",
+        ),
+    ),
+    Command(
+        "release",
+        "Write what of a run may be published: weights, outputs, training, thresholds, hashed people, model card.",
+        (
+            ("run", "folder of a finished run"),
+            ("out", "folder to write"),
+            ("force", "true replaces a release that is there"),
+        ),
+        ("release run=runs/first_run/orl-test/1a2b3c4d/seed1 out=my_release",),
+    ),
+    Command(
+        "export",
+        "Write a model as one file: ONNX in float or int8, or a program of torch.export; compared with the model first.",
+        (
+            ("checkpoint", "folder of a run or of a release"),
+            ("format", "onnx, onnx_int8 or torch_export"),
+            ("out", "file to write"),
+            ("calibration.images", "training images that int8 takes its ranges from"),
+        ),
+        (
+            "export checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 format=onnx out=model.onnx",
+            "export checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 format=onnx_int8",
             ("scale", "quick (does it run), paper (at most 45 minutes on two cores) or full"),
             ("seeds", "number of seeds; null takes the scale's"),
             ("arms", "arms to run; null takes the scale's, or all"),
