@@ -16,9 +16,9 @@ from affect.data.images import Source
 from affect.data.protocol import FACE, Protocol, faceless_rows, group_codes
 from affect.data.table import TARGET_PREFIX, FaceTable
 from affect.errors import ConfigError, DataError, near
+from affect.foreign import Predictor
 from affect.geometry import invert, transform_points
 from affect.metrics import AlignmentError, Answers, evaluate, evaluate_sums
-from affect.models.base import AffectModule
 from affect.tasks import AUIntensity, AUOccurrence, Encoded, Expression, Task
 from affect.tasks.base import require_own_columns
 
@@ -37,7 +37,7 @@ CLASSES_BY_SOURCE = "expressions_by_source"
 
 
 def predict_values(
-    module: AffectModule,
+    module: Predictor,
     loader: torch.utils.data.DataLoader,
     device: torch.device,
     title: str,
