@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from affect.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +42,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a lock file, which the system releases when the process ends in whatever way; its folder is made.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ConfigError(f"{path.parent}: another process is running it ({holder})") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def is_locked(path: str | os.PathLike[str]) -> bool:
+    """Return whether a process holds a lock file; a file that is not there is not held."""
+    try:
+        with Path(path).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from affect.errors import AffectError, ConfigError, near, write_list
 if TYPE_CHECKING:
     from hydra._internal.config_repository import ConfigRepository
     from hydra._internal.hydra import Hydra
+    from hydra.core.config_loader import ConfigLoader
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
@@ -126,14 +127,12 @@ def is_path_key(key: str) -> bool:
 
 
 def _quote_path(override: str) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString
-
     key, equals, value = override.partition("=")
     if not equals or not is_path_key(key.lstrip("+")) or value in _LITERALS or _is_quoted_or_choice(override):
         return override
     if value == "~" or value.startswith("~/"):
         value = str(Path(value).expanduser())
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={quoted(value)}"
 
 
 _TABLES = re.compile(r"dataset=\[([^\[\]]*)\]")
@@ -236,16 +235,33 @@ def _is_quoted_or_choice(override: str) -> bool:
     from hydra.errors import HydraException
 
     try:
-        parsed = _parse([override])[0]._value
+        parsed = parse_overrides([override])[0]._value
     except HydraException:
         return False
     return isinstance(parsed, (QuotedString, ChoiceSweep))
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def quoted(value: str) -> str:
+    """Return a text as Hydra's overrides write it, whatever characters it has.
+
+    Example:
+        >>> quoted("a,b (c)")
+        "'a,b (c)'"
+    """
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(value, Quote.single).with_quotes()
+
+
+def parse_overrides(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Return overrides as Hydra reads them; with a loader ``glob(*)`` finds the options of groups.
+
+    Raises:
+        OverrideParseException: Hydra's, if one cannot be read.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_overrides(list(overrides))
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def sweep_folder(command: str, overrides: Iterable[str], config_dir: Path | None) -> str:
@@ -256,7 +272,9 @@ def sweep_folder(command: str, overrides: Iterable[str], config_dir: Path | None
     kept = sorted(override for override in overrides if not _NOT_IN_SWEEP_NAME.match(override))
     if config_dir is not None:
         kept.append(f"--config-dir={config_dir}")
-    return f"runs/sweeps/{command}-{hashlib.sha256(chr(0).join(kept).encode()).hexdigest()[:8]}"
+    named = next((override.partition("=")[2].strip("'\"") for override in kept if _key(override) == "sweep"), command)
+    name = named if re.fullmatch(r"[\w./-]+", named) and ".." not in named else command
+    return f"runs/sweeps/{name}-{hashlib.sha256(chr(0).join(kept).encode()).hexdigest()[:8]}"
 
 
 def sweep_job() -> tuple[Path, int] | None:
@@ -269,7 +287,10 @@ def sweep_job() -> tuple[Path, int] | None:
     hydra = HydraConfig.get()
     if OmegaConf.is_missing(hydra.job, "num"):
         return None
-    return Path(hydra.runtime.cwd) / str(hydra.sweep.dir) / str(hydra.sweep.subdir), int(hydra.job.num)
+    # A launcher counts the jobs that it gets, which are those that are missing; the folder has the job's own number.
+    subdir = str(hydra.sweep.subdir)
+    number = int(subdir) if subdir.isdecimal() else int(hydra.job.num)
+    return Path(hydra.runtime.cwd) / str(hydra.sweep.dir) / subdir, number
 
 
 def is_given(group: str) -> bool:
@@ -340,7 +361,7 @@ def require_no_sweep(overrides: Sequence[str]) -> None:
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.types import RunMode
 
-    ConfigLoaderImpl.validate_sweep_overrides_legal(_parse(overrides), RunMode.RUN, from_shell=True)
+    ConfigLoaderImpl.validate_sweep_overrides_legal(parse_overrides(overrides), RunMode.RUN, from_shell=True)
 
 
 def require_complete(config: DictConfig) -> None:
@@ -619,7 +640,7 @@ def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _group_with_wrong_value(hydra: Hydra, overrides: Sequence[str]) -> str:
-    for parsed in _parse(overrides):
+    for parsed in parse_overrides(overrides):
         if is_group(hydra, parsed.key_or_group) and not isinstance(parsed.value(), (str, list)):
             return str(parsed.input_line)
     return "a group"

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from affect import __version__
-from affect.commands import configuration
+from affect.commands import configuration, sweeps
+from affect.commands.sweeps import Failure, JobError
 from affect.errors import AffectError, ConfigError, near
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Command:
         examples: Command lines without the program's name.
         word: Key that the first word behind the command sets, if it takes one.
         words: Values of that word.
+        finished: File in the folder of a sweep's job that tells that the job is done; None runs it again.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Command:
     examples: tuple[str, ...]
     word: str | None = None
     words: tuple[str, ...] = field(default=())
+    finished: str | None = None
 
 
 COMMANDS = (
@@ -84,6 +87,8 @@ COMMANDS = (
             ("trainer.max_epochs", "length of the run"),
             ("trainer.devices", "number of accelerators"),
             ("seed", "of every draw; seed=1,2,3 with -m runs each"),
+            ("sweep", "folds, seeds, methods or a search, written down as conf/sweep/<name>.yaml"),
+            ("hydra/launcher", "with -m, where jobs run: here, one by one (basic), joblib, local or slurm"),
             ("init", "run or release to start from"),
             ("group_by", "columns to report metrics by"),
             ("compare", "arms of one table: name: [overrides]"),
@@ -95,8 +100,10 @@ COMMANDS = (
             "train experiment=first_run",
             "train dataset=table dataset.table=labels.csv prepare=none task=[expression] encoder=resnet18",
             "train -m seed=1,2,3",
+            "train -m sweep=bp4d_folds experiment=monet_bp4d hydra/launcher=slurm",
             "train debug=fast",
         ),
+        finished="results.json",
     ),
     Command(
         "evaluate",
@@ -113,13 +120,6 @@ COMMANDS = (
             "evaluate checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1",
             "evaluate checkpoint=my_release dataset=table dataset.table=labels.csv",
             "evaluate checkpoint=my_release part=validation group_by=[subject]",
-        ),
-    ),
-    Command(
-        "reproduce",
-        "Run a controlled experiment: every arm with every seed, and one table with intervals.",
-        (
-            ("experiment", "controlled/<name>"),
             "evaluate checkpoint=theirs.onnx adapter=emotiefflib_8 dataset=rafdb dataset.root=/data/RAF-DB",
             "evaluate checkpoint=packaged:face_expression dataset=faces protocol=default part=all",
         ),
@@ -146,6 +146,13 @@ COMMANDS = (
         (
             "export checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 format=onnx out=model.onnx",
             "export checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 format=onnx_int8",
+        ),
+    ),
+    Command(
+        "reproduce",
+        "Run a controlled experiment: every arm with every seed, and one table with intervals.",
+        (
+            ("experiment", "controlled/<name>"),
             ("scale", "quick (does it run), paper (at most 45 minutes on two cores) or full"),
             ("seeds", "number of seeds; null takes the scale's"),
             ("arms", "arms to run; null takes the scale's, or all"),
@@ -294,23 +301,6 @@ class Line:
     show: bool = False
     help: bool = False
     traceback: bool = False
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a job that failed returns, so that the others go on.
-
-    Attributes:
-        line: What is said about it.
-        code: Exit code.
-    """
-
-    line: str
-    code: int
-
-
-class JobError(AffectError):
-    """A job failed whose sweeper wants to know: it decides itself how many may fail."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -473,24 +463,34 @@ def _sweep(hydra: Hydra, command: Command, line: Line, config: DictConfig, modul
     # sweepers have a rule of their own for failures, and get an exception.
     collects = str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper")
     job = Job(command.name, modules, line.traceback, raises=not collects)
+    about = {"command": command.name, "line": line.overrides}
+    about |= {"config_dir": None if line.config_dir is None else str(line.config_dir)}
+    records: list[sweeps.Record] = []
     try:
-        batches = hydra.multirun(command.name, job, overrides)
-    except JobError:
-        raise
+        sweeps.run_sweep(hydra, command.name, job, overrides, about, command.finished, print, records.append)
     except Exception as error:
+        lines = sweeps.summary(records[0]) if records else []
+        if lines and not isinstance(error, ConfigError):
+            _say_lines(command.name, lines)  # a search whose trials all failed has no best one, and says so by an error
+            return max(USER_ERROR, PROGRAM_ERROR)
         said = configuration.explain_run(error)
         if said is None and not _is_composition_error(error):
             raise
         raise ConfigError(
             said or configuration.explain_composition(error, hydra, command.name, line.overrides)
         ) from error
-    if not collects:
-        return 0
-    results = [result.return_value for batch in batches for result in batch]
-    failures = [result for result in results if isinstance(result, Failure)]
-    if failures:
-        _say(f"affect {command.name}", f"{len(failures)} of {len(results)} jobs failed; {failures[0].line}")
-    return max((failure.code for failure in failures), default=0)
+    (record,) = records
+    lines = sweeps.summary(record)
+    if lines:
+        _say_lines(command.name, lines)
+    elif command.finished:
+        print(f"{len(record.entries)} jobs finished: {record.folder}\nnext: {sweeps.next_line(record)}", flush=True)
+    return record.code
+
+
+def _say_lines(name: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        _say(f"affect {name}", line)
 
 
 def _is_composition_error(error: Exception) -> bool:
@@ -593,8 +593,8 @@ def _announced_job() -> Iterator[None]:
     if job is not None:
         hydra = HydraConfig.get()
         overrides = [*hydra.overrides.task, *_launched(hydra.overrides.hydra)]
-        overrides += [f"hydra.job.num={job[1]}", f"hydra.sweep.dir={_quoted(str(hydra.sweep.dir))}"]
-        overrides += [f"hydra.sweep.subdir={_quoted(str(hydra.sweep.subdir))}"]
+        overrides += [f"hydra.job.num={job[1]}", f"hydra.sweep.dir={configuration.quoted(str(hydra.sweep.dir))}"]
+        overrides += [f"hydra.sweep.subdir={configuration.quoted(str(hydra.sweep.subdir))}"]
         os.environ[_SWEEP_JOB] = json.dumps(overrides)
     try:
         yield
@@ -614,12 +614,6 @@ def _job_of_parent(line: Line) -> list[str] | None:
     if not line.multirun or not added or _SWEEP_JOB not in os.environ:
         return None
     return [*json.loads(os.environ[_SWEEP_JOB]), *added]
-
-
-def _quoted(value: str) -> str:
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    return QuotedString(value, Quote.single).with_quotes()
 
 
 def _restore(name: str, value: str | None) -> None:
@@ -708,4 +702,7 @@ def _completion(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # By its own name, so that what other processes return is of the classes that this one knows.
+    from affect.commands.main import main as named
+
+    raise SystemExit(named())

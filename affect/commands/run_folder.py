@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import hashlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from yaml import YAMLError
 
+from affect import files
 from affect.commands.configuration import sweep_job
 from affect.data.images import Source
 from affect.data.protocol import part_name
@@ -32,13 +30,24 @@ SELECTION = "selection"
 
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "controlled", "reference", "trust", "group_by", "bootstrap", "hydra"),
-    *("figures", "data.num_workers"),
+    *("figures", "data.num_workers", "data.prefetch_factor", "data.pin_memory"),
     *("callbacks.progress", "callbacks.last", "callbacks.preemption", "callbacks.learning_rate", "callbacks.*.folder"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
     *("dataset.expected", "dataset.sources.*.expected", "accept"),
     *("trainer.enable_*", "trainer.log_every_n_steps"),
 )
 """Keys, or patterns of keys, that cannot change what a training run computes."""
+
+LATER: dict[str, Any] = {
+    "trainer.strategy": "auto",
+    "trainer.num_nodes": 1,
+    "trainer.sync_batchnorm": False,
+    "optimizer.fused": None,
+    "data.effective_batch_size": None,
+    "learning_rate_scaling": {"rule": "none", "reference_batch_size": None},
+    "compile": {"encoder": False, "mode": "default", "backend": "inductor"},
+}
+"""Keys that runs of earlier versions lack, with the value that does what those did: so written they do not count."""
 
 WRITTEN = frozenset(
     [
@@ -69,6 +78,13 @@ def effective(config: DictConfig) -> dict[str, Any]:
     for pattern in WITHOUT_EFFECT:
         _drop(plain, pattern.split("."))
     assert isinstance(plain, dict)
+    for key, value in LATER.items():
+        *nodes, name = key.split(".")
+        node: Any = plain
+        for part in nodes:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and name in node and node[name] == value:
+            del node[name]
     dataset, common = plain.get("dataset"), plain.get("prepare")
     listed = (
         (dataset.get("sources") or {}).values() if isinstance(dataset, dict) and "sources" in dataset else [dataset]
@@ -128,16 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not is_first_process():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ConfigError(f"{folder}: another process is running it ({file.read().strip() or 'unknown'})") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with files.locked(folder / LOCK):
         yield
 
 
