@@ -256,6 +256,8 @@ class PixelVector(nn.Module):
         high: Number that the largest bytes stand for.
         layers: Units of hidden layers; none gives the vector itself.
         plain: Layers are linear alone, without ReLU and batch norm.
+        norm: Batch norm behind each ReLU.
+        dropout: Dropout rate behind each hidden layer.
         pretrained: There are no such weights: always False.
         weights: There are no such weights: always None.
 
@@ -273,6 +275,8 @@ class PixelVector(nn.Module):
         high: float = 2.0,
         layers: Sequence[int] = (),
         plain: bool = False,
+        norm: bool = True,
+        dropout: float = 0.0,
         pretrained: bool = False,
         weights: str | None = None,
     ) -> None:
@@ -285,7 +289,9 @@ class PixelVector(nn.Module):
         sizes = [features, *(int(width) for width in layers)]
         modules: list[nn.Module] = []
         for before, after in itertools.pairwise(sizes):
-            modules += [nn.Linear(before, after)] + ([] if plain else [nn.ReLU(), nn.BatchNorm1d(after)])
+            modules += [nn.Linear(before, after)] + ([] if plain else [nn.ReLU()])
+            modules += [nn.BatchNorm1d(after)] if norm and not plain else []
+            modules += [nn.Dropout(float(dropout))] if dropout else []
         self.model, self.num_features = nn.Sequential(*modules), sizes[-1]
 
     def forward(self, image: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def rotated_digits(
         ConfigError: If scikit-learn is not installed.
         DataError: If there are not so many drawings.
     """
-    drawings, digits = _digits()
+    drawings, digits = handwritten_digits()
     parts = divide(train, validation, test)
     if len(parts) > len(drawings):
         raise DataError(f"digits: {len(parts)} drawings were asked for, and there are {len(drawings)}")
@@ -74,7 +74,7 @@ class RotatedDigits:
     """
 
     def __init__(self, table: FaceTable) -> None:
-        drawings, _ = _digits()
+        drawings, _ = handwritten_digits()
         chosen = table.numbers("drawing")[0].astype(np.int64)
         angles = table.numbers("rotation")[0]
         self.images = np.stack([turned(drawings[d], float(a)) for d, a in zip(chosen, angles, strict=True)])
@@ -93,12 +93,18 @@ def turned(drawing: np.ndarray, degrees: float) -> np.ndarray:
     return np.round(grey.clip(0, 16) * 255 / 16).astype(np.uint8)
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def handwritten_digits(dataset: str = "rotated_digits") -> tuple[np.ndarray, np.ndarray]:
+    """Return the drawings, grey levels 0 to 16 ``(1797, 8, 8)``, and their digits ``(1797,)``.
+
+    Args:
+        dataset: Who asks, for messages.
+
+    Raises:
+        ConfigError: If scikit-learn is not installed.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError(
-            "dataset=rotated_digits needs the digits of scikit-learn: pip install scikit-learn"
-        ) from error
+        raise ConfigError(f"dataset={dataset} needs the digits of scikit-learn: pip install scikit-learn") from error
     found = load_digits()
     return found.images, found.target
