@@ -33,6 +33,8 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 _INK, _MUTED, _BAR, _DOT = _rgb(style.INK), _rgb(style.MUTED), _rgb(style.BLUE), _rgb(style.VERMILLION)
 _BOX, _POINT = (255, 255, 255), _rgb(style.SKY)
+_FURTHER = (("orange", _rgb(style.ORANGE)), ("green", _rgb(style.GREEN)), ("pink", _rgb(style.PURPLE)))
+"""Colours of further sets of points, in turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class FaceNote:
     Attributes:
         box: ``x1 y1 x2 y2`` in pixels of the picture, first pixel centre at 0.
         points: ``(P, 2)`` in pixels of the picture; NaN points are left out.
+        further: Further sets of points by name, each ``(P, 2)``: drawn in colours of their own, which a line names.
         expression: Name of the most probable class and its probability; a probability of NaN is not written.
         bars: Values by name, e.g. action units; the largest are drawn as bars.
         bar_limit: Value of a full bar: 1 for probabilities and coefficients, 5 for intensities.
@@ -56,6 +59,7 @@ class FaceNote:
     bar_limit: float = 1.0
     affect: tuple[float, float] | None = None
     lines: Sequence[str] = ()
+    further: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def annotate_face(
@@ -198,6 +202,7 @@ def _card_rows(face: FaceNote, top: int) -> list[_Row]:
     if face.affect is not None and all(math.isfinite(value) for value in face.affect):
         rows.append(_Circle(float(face.affect[0]), float(face.affect[1])))
     rows += [_Line(part) for line in face.lines for part in str(line).splitlines() or [""]]
+    rows += [_Line(name, _FURTHER[k % len(_FURTHER)][0]) for k, name in enumerate(face.further)]
     return rows or [_Line("nothing to show")]
 
 
@@ -245,9 +250,14 @@ def _draw_face(picture: np.ndarray, face: FaceNote, factor: int) -> None:
             cv2.rectangle(picture, _fixed(corners[0]), _fixed(corners[1]), colour, thickness, cv2.LINE_AA, _SHIFT)
     dense = len(points) > 150
     radius = max(extent / 95 * (0.6 if dense else 1.0), 0.8 if dense else 1.3)
-    for point in points:
-        _draw_dot(picture, point, radius + max(0.7, radius * 0.35), (20, 20, 20))
-        _draw_dot(picture, point, radius, _POINT)
+    sets = [(points, _POINT)]
+    for index, given in enumerate(face.further.values()):
+        sets.append((_scaled(given, factor), _FURTHER[index % len(_FURTHER)][1]))
+    for placed, colour in sets:
+        inside = placed[((placed > -8) & (placed < [width + 8, height + 8])).all(1)]
+        for point in inside:
+            _draw_dot(picture, point, radius + max(0.7, radius * 0.35), (20, 20, 20))
+            _draw_dot(picture, point, radius, colour)
 
 
 def _draw_dot(picture: np.ndarray, point: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
@@ -273,7 +283,11 @@ def _scaled_box(face: FaceNote, factor: int) -> np.ndarray | None:
 def _scaled_points(face: FaceNote, factor: int) -> np.ndarray:
     if face.points is None:
         return np.zeros((0, 2))
-    points = np.asarray(face.points, float)
+    return _scaled(face.points, factor)
+
+
+def _scaled(given: np.ndarray, factor: int) -> np.ndarray:
+    points = np.asarray(given, float)
     if points.ndim != 2 or points.shape[1] != 2:
         raise DataError(f"annotation: points of shape {points.shape}; expected (points, 2) in pixels")
     return (points[np.isfinite(points).all(1)] + 0.5) * factor - 0.5

@@ -100,6 +100,22 @@ def test_a_point_is_drawn_at_its_place(side):
     assert np.allclose(centre[::-1], (np.array([x, y]) + 0.5) * factor - 0.5, atol=0.15)
 
 
+def test_sets_of_points_have_colours_of_their_own_which_are_named(written):
+    image = np.full((400, 400, 3), 90, np.uint8)
+    sets = {
+        "68 points": np.array([(100.0, 200)]),
+        "5 points": np.array([(300.0, 200), (math.nan, 3)]),
+        "none": np.empty((0, 2)),
+    }
+    result = annotate_faces(image, [FaceNote([50, 50, 350, 350], np.array([(200.0, 100)]), further=sets)])
+    colours = [tuple(result[y, x]) for x, y in ((200, 100), (100, 200), (300, 200))]
+    assert colours == [annotate._POINT, annotate._FURTHER[0][1], annotate._FURTHER[1][1]]
+    said = [text for text, *_ in written["texts"]]
+    assert [said[said.index(name) + 1] for name in sets] == ["orange", "green", "pink"]
+    with pytest.raises(DataError, match=r"points of shape \(3,\)"):
+        annotate_faces(image, [FaceNote(further={"odd": np.zeros(3)})])
+
+
 def test_small_pictures_are_enlarged_by_a_whole_factor():
     assert enlargement(48, 48) == 8
     assert enlargement(512, 512) == 1
