@@ -127,24 +127,22 @@ def read_thresholds(preprocess: Mapping[str, Any], where: str) -> dict[str, Any]
     return dict(found)
 
 
-def present(tasks: Mapping[str, Task], values: Mapping[str, np.ndarray], thresholds: Thresholds) -> list[str]:
-    """Return the names of the outputs of each row that reach their threshold, as one text ``(N,)``.
+def decide(task: Task, values: np.ndarray, thresholds: Mapping[str, float] | None = None) -> np.ndarray:
+    """Return which values reach their threshold, bool ``(N, K)``.
 
     Args:
-        tasks: Tasks by name; those that are not named in ``thresholds`` say nothing.
-        values: Probabilities ``(N, K)`` by task.
-        thresholds: Threshold by task and output.
+        task: Whose values they are.
+        values: Probabilities ``(N, K)``.
+        thresholds: Threshold by output; None decides at 0.5.
+
+    Raises:
+        CheckpointError: If an output has no threshold.
     """
-    rows: list[list[str]] = []
-    for name, task in tasks.items():
-        if name in thresholds:
-            limits = np.array([thresholds[name][output] for output in task.outputs], np.float32)
-            reached = np.asarray(values[name], np.float32) >= limits
-            names = np.array(task.outputs, dtype=object)
-            rows = rows or [[] for _ in range(len(reached))]
-            for row, chosen in zip(rows, reached, strict=True):
-                row += names[chosen].tolist()
-    return [" ".join(row) for row in rows]
+    missing = [output for output in task.outputs if thresholds is not None and output not in thresholds]
+    if missing:
+        raise CheckpointError(f"thresholds: none for {missing[0]}")
+    limits = [0.5 if thresholds is None else thresholds[output] for output in task.outputs]
+    return np.asarray(values, np.float32) >= np.array(limits, np.float32)
 
 
 # -------------------------------------------------------------------------------------------------- smoothing

@@ -165,17 +165,21 @@ COMMANDS = (
     ),
     Command(
         "predict",
-        "Find faces in an image or a folder of images and write a table and annotated copies.",
+        "Read the faces of photographs, videos or a camera; write a table, annotated copies and timelines.",
         (
             ("checkpoint", "folder of a run or of a release"),
-            ("input", "an image, or a folder of images"),
+            ("input", "image, video, folder of them, pattern such as 'videos/*.mp4', or number of a camera"),
             ("out", "folder to write"),
             ("finder", "face detector and points"),
+            ("detect_every", "frames of a video from one detection to the next; in between boxes follow the points"),
+            ("formats", "tables to write: csv, parquet"),
+            ("limit", "most frames of each input"),
         ),
         (
             "predict checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 input=photo.jpg",
             "predict checkpoint=my_release input=photos out=predictions",
-            "predict checkpoint=my_release input=photos annotate=false",
+            "predict checkpoint=my_release input=interview.mp4 detect_every=5",
+            "predict checkpoint=my_release input=0 limit=300",
         ),
     ),
     Command(

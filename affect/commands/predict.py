@@ -1,221 +1,353 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``affect predict``: the faces of an image or a folder, aligned as in training, as a table and as pictures."""
+"""``affect predict``: the faces of photographs and videos, aligned as in training, as a table and as pictures.
+
+Frames pass through in batches: decode → detect or follow → crop → model → rows, pictures. Nothing of a batch is kept
+but its rows, which are on disk when the next one is read (those of photographs stay for their face table).
+"""
 
 from __future__ import annotations
 
+import itertools
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from tqdm import tqdm
 
-from affect.commands import assembly, decisions
+from affect import __version__
+from affect.commands import assembly
+from affect.commands.face_pictures import Pictures, timeline_panels, timelines
+from affect.commands.face_rows import Columns, FaceTableParts, Rows, make_rows
+from affect.commands.predictor import BOX_MARGIN, Predictor, open_predictor, read_faces
+from affect.commands.stages import Interruption, Stages
 from affect.commands.train import quiet
-from affect.data.batch import FaceBatch
-from affect.data.dataset import turned
-from affect.data.images import read_image
-from affect.data.table import FaceTable
-from affect.errors import DataError
-from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
-from affect.models.base import AffectModule
-from affect.release import PREPROCESS, build_model, build_tasks, read_release
-from affect.report.figures import FaceNote, annotate_faces, save_image
+from affect.data.video import FrameSource, batches, open_input
+from affect.errors import ConfigError, DataError, near
+from affect.geometry import CropRecipe, FaceFinder
+from affect.geometry.tracking import FaceFollower, TrackedFace, find_faces, split_finder
+from affect.report.figures import save
+from affect.report.predictions import PredictionsWriter
 from affect.report.provenance import decision_texts
-from affect.tasks import Expression, Task, ValenceArousal
+from affect.tasks import Task
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-ANNOTATED = "annotated"
-"""Folder of the annotated copies within ``out``; a search for images never enters it."""
-MOST_BARS = 8
-BOX_MARGIN = 0.1
-"""Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
+ANNOTATED, TIMELINES = "annotated", "timelines"
+"""Folders within ``out``; a search for images enters neither."""
+FORMATS = ("csv", "parquet")
+FACE_TABLE = "face_table.parquet"
+
+
+# --------------------------------------------------------------------------------------------------- streaming
+
+
+@dataclass
+class Options:
+    """How frames are read.
+
+    Attributes:
+        batch_size: Frames, and crops, that are read at once.
+        detect_every: Frames from one detection to the next in a video.
+        limit: Most frames of each source; None takes all.
+        tracking: Further arguments of ``FaceFollower``.
+    """
+
+    batch_size: int = 32
+    detect_every: int = 10
+    limit: int | None = None
+    tracking: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Count:
+    """What became of the frames of a source.
+
+    Attributes:
+        frames: Frames so far.
+        faces: Faces in them.
+        empty: Frames without a face.
+        unreadable: Frames without pixels.
+        detections: Frames in which a detector looked.
+        tracks: Different faces; None for photographs.
+    """
+
+    frames: int = 0
+    faces: int = 0
+    empty: int = 0
+    unreadable: int = 0
+    detections: int = 0
+    tracks: int | None = None
+
+
+def stream(
+    source: FrameSource,
+    predictor: Predictor,
+    finder: FaceFinder,
+    options: Options,
+    stages: Stages,
+    stop: Interruption | None = None,
+) -> Iterator[tuple[Rows, Count]]:
+    """Yield the rows of a source batch by batch, and what was counted so far.
+
+    Args:
+        source: Frames.
+        predictor: The model.
+        finder: Finds faces.
+        options: How frames are read.
+        stages: Takes the time of each stage.
+        stop: Ends the stream after the frames that were read when it is asked to.
+    """
+    count = Count()
+    follower = FaceFollower(finder, options.detect_every, **options.tracking, clock=stages) if source.moving else None
+    wanted = stages.timed(itertools.islice(source.frames(), options.limit), "decode")
+    frames = itertools.takewhile(lambda _: stop is None or not stop.asked, wanted)
+    for batch in batches(frames, options.batch_size):
+        images = [frame.image for frame in batch]
+        if follower is not None:
+            faces = follower.find(images)
+            count.tracks, count.detections = follower.tracks, follower.detections
+        else:
+            there = [image for image in images if image is not None]
+            found = iter(find_faces(finder, there, stages))
+            faces = [
+                [] if image is None else [TrackedFace(face, -1, detected=True) for face in next(found)]
+                for image in images
+            ]
+            count.detections += len(there)
+        pairs = zip(images, faces, strict=True)
+        owners = [image for image, found_here in pairs for _ in found_here if image is not None]
+        observations = [tracked.observation for found_here in faces for tracked in found_here]
+        read = read_faces(predictor, owners, observations, options.batch_size, stages)
+        rows = make_rows(batch, faces, read)
+        count.frames += len(batch)
+        count.faces += len(rows.seen)
+        count.unreadable += sum(image is None for image in images)
+        count.empty += int((rows.face < 0).sum()) - sum(image is None for image in images)
+        yield rows, count
+
+
+# -------------------------------------------------------------------------------------------------- the command
 
 
 def run(config: DictConfig) -> None:
     """Write ``predictions.csv``, ``predictions.parquet`` and annotated copies of ``input`` to ``out``.
 
     Raises:
-        DataError: If there is no image, none can be read, or no face is found in any.
+        ConfigError: If a setting is none.
+        DataError: If there is nothing to read, or no face is found in any photograph.
+        KeyboardInterrupt: After Ctrl-C, when the table of the frames that were read is written.
     """
     quiet()
     console = Console()
     out = Path(config.out).expanduser()
-    paths, root = input_images(Path(config.input).expanduser(), out)
-    release = read_release(Path(config.checkpoint).expanduser(), list(config.trust))
-    tasks = build_tasks(release)
-    module = build_model(release, tasks)
-    thresholds = decisions.read_thresholds(release.preprocess, str(release.folder / PREPROCESS))
+    formats = check_formats(config.formats)
+    options = read_options(config)
+    sources = open_input(config.input, [out / ANNOTATED, out / TIMELINES])
+    predictor = open_predictor(Path(config.checkpoint).expanduser(), list(config.trust))
     finder = assembly.make(config.finder, "finder")
-    recipe = prediction_recipe(release.preprocess)
-    if was_delivered(release.preprocess):
+    moving = any(source.moving for source in sources)
+    if predictor.delivered:
         console.print(f"trained on delivered crops: each face's box with a margin of {BOX_MARGIN:.0%} is cropped")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
-
-    columns: dict[str, list[Any]] = {}
-    skipped: dict[str, int] = {}
-    for path in tqdm(paths, unit="image", disable=len(paths) == 1):
-        name = str(path.relative_to(root))
-        try:
-            image = read_image(path)
-        except DataError:
-            if len(paths) == 1:
-                raise
-            skipped["unreadable image"] = skipped.get("unreadable image", 0) + 1
-            add_row(columns, {"image": name, "success": 0.0})
-            continue
-        found = finder.find(image)
-        if not found:
-            skipped["no face found"] = skipped.get("no face found", 0) + 1
-            add_row(columns, {"image": name, "success": 0.0})
-            continue
-        values = predict_faces(module, tasks, recipe, image, found, device, int(config.batch_size))
-        if thresholds is not None:
-            add_present(values, tasks, thresholds["values"])
-        for face, (observation, row) in enumerate(zip(found, values, strict=True)):
-            add_row(columns, {"image": name, "face": face, "success": 1.0, **observed(observation), **row})
-        if config.annotate:
-            notes = [note(observation, row, tasks) for observation, row in zip(found, values, strict=True)]
-            copy = name if name.endswith(".png") else f"{name}.png"
-            save_image(annotate_faces(image, notes, top=MOST_BARS), out / ANNOTATED / copy)
-    for reason, count in skipped.items():
-        console.print(f"{reason}: {count} of {len(paths)} images")
-    if sum(skipped.values()) == len(paths):
-        raise DataError(f"input={config.input}: no face found in {len(paths)} image(s); nothing was predicted")
-    table = FaceTable.from_columns(columns, root, {"dataset": str(config.input), "label_source": "predictions"})
-    table.to_csv(out / "predictions.csv")
-    table.to_parquet(out / "predictions.parquet")
-    faces = sum(1 for value in columns["success"] if value)
-    console.print(f"{faces} face(s) in {len(paths)} image(s): [bold]{out / 'predictions.csv'}[/bold]", soft_wrap=True)
-    if config.annotate:
-        console.print(f"annotated copies: [bold]{out / ANNOTATED}[/bold]", soft_wrap=True)
-    if thresholds is not None and decision_texts({"thresholds": thresholds}):
-        console.print(f"present: {decision_texts({'thresholds': thresholds})[0]}", highlight=False)
-    command = training_command(out / "predictions.parquet", recipe, tasks)
-    console.print(f"train on it: {command}", markup=False, soft_wrap=True)
+    if moving and options.detect_every > 1 and split_finder(finder) is None:
+        console.print(f"{type(finder).__name__} finds boxes and points in one step: it looks at every frame")
+    metadata = describe(config, predictor, finder)
+    columns = Columns(predictor, points_scheme(finder), metadata)
+    stages = Stages()
+    counts: dict[str, Count] = {}
+    face_table = FaceTableParts(predictor.tasks)
+    notes: list[str] = []
+    with Interruption() as stop:
+        with ExitStack() as stack:
+            paths = [out / f"predictions.{name}" for name in formats]
+            writer = stack.enter_context(PredictionsWriter(paths, columns.schema))
+            copies = Pictures(out / ANNOTATED, predictor.tasks)
+            pictures = stack.enter_context(copies) if config.annotate else None
+            for source in sources:
+                if stop.asked:
+                    break
+                counts[source.name] = Count()
+                try:
+                    counts[source.name] = _predict_source(
+                        source, predictor, finder, options, stages, stop, columns, writer, pictures, face_table
+                    )
+                except DataError as error:
+                    if len(sources) == 1:
+                        raise
+                    notes.append(str(error))
+                notes += source.notes()
+            if not moving and not any(count.faces for count in counts.values()):
+                raise DataError(
+                    f"input={config.input}: no face found in {_total(counts)} image(s); nothing was predicted"
+                )
+        _report(console, config, sources, counts, notes, stages, columns, predictor.thresholds, out, formats)
+        _write_more(console, config, sources, predictor, columns, face_table, out, formats)
+        if stop.asked:
+            console.print("[bold]interrupted[/bold]: the tables hold the frames that were read until then")
+            raise KeyboardInterrupt
 
 
-def training_command(table: Path, recipe: CropRecipe, tasks: dict[str, Task]) -> str:
-    """Return the command that trains on a predictions table, with the crop and the tasks of its model."""
-    names = ",".join(tasks)
-    return f"affect train dataset=table dataset.table={shlex.quote(str(table))} prepare={recipe.kind} task=[{names}]"
+def _predict_source(
+    source: FrameSource,
+    predictor: Predictor,
+    finder: FaceFinder,
+    options: Options,
+    stages: Stages,
+    stop: Interruption,
+    columns: Columns,
+    writer: PredictionsWriter,
+    pictures: Pictures | None,
+    face_table: FaceTableParts,
+) -> Count:
+    count = Count()
+    if pictures is not None:
+        pictures.start(source)
+    length = source.length if options.limit is None else min(options.limit, source.length or options.limit)
+    unit = "frame" if source.moving else "image"
+    with tqdm(total=length, unit=unit, desc=source.name[-40:], disable=length == 1) as progress:
+        for rows, count in stream(source, predictor, finder, options, stages, stop):  # noqa: B007 - the last one counts
+            with stages("write"):
+                writer.write(columns.table(rows, source.name if source.moving else None))
+                if not source.moving:
+                    face_table.add(rows)
+            if pictures is not None:
+                with stages("draw"):
+                    pictures.add(rows)
+            progress.update(len(rows.frames))
+    return count
 
 
-def input_images(path: Path, out: Path) -> tuple[list[Path], Path]:
-    """Return the image files at ``path`` and the folder they are under.
-
-    Args:
-        path: An image, or a folder, searched to any depth.
-        out: Folder that predictions are written to; the annotated copies of an earlier run in it are left out.
+def check_formats(formats: Any) -> list[str]:  # noqa: ANN401
+    """Return the endings of the tables to write.
 
     Raises:
-        DataError: If there is nothing at ``path``, or no image in it.
+        ConfigError: If there is none, or an unknown one.
     """
-    if path.is_file():
-        return [path], path.parent
-    if not path.is_dir():
-        raise DataError(f"input={path}: no such file or folder")
-    found = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    copies = (out / ANNOTATED).resolve()
-    files = sorted(file for file in found if not file.resolve().is_relative_to(copies))
-    if not files:
-        raise DataError(f"input={path}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files, path
+    names = [formats] if isinstance(formats, str) else [str(name) for name in formats or ()]
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"formats={name}: {near(name, FORMATS)}")
+    if not names:
+        raise ConfigError("formats=[]: write csv, parquet or both, e.g. formats=[csv,parquet]")
+    return names
 
 
-def prediction_recipe(preprocess: dict[str, Any]) -> CropRecipe:
-    """Return the recipe of a release; a model trained on delivered crops gets the box of the face with a margin."""
-    size = int(preprocess["image_size"])
-    if was_delivered(preprocess):
-        return CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
-    return CropRecipe.read({**preprocess["recipe"], "size": size}).composed()
+def read_options(config: DictConfig) -> Options:
+    """Return how frames are read.
+
+    Raises:
+        ConfigError: If a number is none.
+    """
+    for key in ("batch_size", "limit"):
+        value = config[key]
+        if not (value is None and key == "limit") and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{key}={value}: give a whole number, at least 1")
+    tracking: Any = OmegaConf.to_container(config.tracking)
+    return Options(int(config.batch_size), config.detect_every, config.limit, tracking)
 
 
-def was_delivered(preprocess: dict[str, Any]) -> bool:
-    """Return whether a model was trained on images that were crops already."""
-    described = preprocess.get("recipe")
-    return described is None or described["kind"] == "none"
+def points_scheme(finder: FaceFinder) -> str:
+    """Return the scheme of a finder's points."""
+    stages = split_finder(finder)
+    return str(getattr(finder if stages is None else stages[1], "scheme", "68"))
 
 
-def predict_faces(
-    module: AffectModule,
-    tasks: dict[str, Task],
-    recipe: CropRecipe,
-    image: np.ndarray,
-    found: list[FaceObservation],
-    device: torch.device,
-    batch_size: int,
-) -> list[dict[str, Any]]:
-    """Return the predicted columns of each face in ``image``; landmarks in pixels of the image."""
-    points = np.stack([observation.points for observation in found])
-    boxes = np.stack([observation.box for observation in found])
-    matrices = recipe.matrices(points=points, boxes=boxes)
-    crops = np.stack([recipe.crop(image, matrix) for matrix in matrices])
-    stacked = torch.from_numpy(crops).permute(0, 3, 1, 2).contiguous()
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(stacked), batch_size):
-            batch = FaceBatch(image=stacked[start : start + batch_size], targets={}, masks={})
-            parts.append({n: v.cpu().numpy() for n, v in module.predict_step(batch.to(device)).items()})
-    rows: list[dict[str, Any]] = [{} for _ in found]
-    for name, task in tasks.items():
-        values = np.concatenate([part[name] for part in parts])
-        if task.landmark_scheme is not None:
-            pixels = values.astype(np.float64) * recipe.size - 0.5
-            values = transform_points(invert(matrices), pixels).astype(np.float32)
-        else:
-            values = task.unturn(values, turned(matrices), np.zeros(len(values), bool))
-        for column, cells in task.decode(values).items():
-            for row, cell in zip(rows, cells, strict=True):
-                row[column] = cell
-    return rows
-
-
-def add_present(rows: list[dict[str, Any]], tasks: dict[str, Task], thresholds: decisions.Thresholds) -> None:
-    """Add the column ``present`` in place: names of the outputs that reach the checkpoint's thresholds, as one text."""
-    decided = {name: task for name, task in tasks.items() if name in thresholds}
-    values = {n: np.array([[row[column] for column in task.wanted()] for row in rows]) for n, task in decided.items()}
-    for row, text in zip(rows, decisions.present(decided, values, thresholds), strict=False):
-        row["present"] = text
-
-
-def observed(observation: FaceObservation) -> dict[str, Any]:
-    """Return the columns of what the finder saw: box, score, and points if no task predicts points of that scheme."""
+def describe(config: DictConfig, predictor: Predictor, finder: FaceFinder) -> dict[str, Any]:
+    """Return what a table of predictions says of itself."""
     return {
-        "box": np.asarray(observation.box, np.float32),
-        "score": observation.score,
-        f"landmarks_{observation.scheme}": np.asarray(observation.points, np.float32).reshape(-1),
+        "format": "affect predictions 1",
+        "affect": __version__,
+        "checkpoint": str(config.checkpoint),
+        "input": str(config.input),
+        "finder": type(finder).__name__,
+        "detect_every": int(config.detect_every),
+        "recipe": predictor.recipe.describe(),
+        "thresholds": predictor.thresholds,
+        "outputs": {name: list(task.outputs) for name, task in predictor.tasks.items()},
     }
 
 
-def add_row(columns: dict[str, list[Any]], row: dict[str, Any]) -> None:
-    """Append a row; a column that the row or the earlier rows lack is null there."""
-    count = len(next(iter(columns.values()))) if columns else 0
-    for name in row:
-        columns.setdefault(name, [None] * count)
-    for name, cells in columns.items():
-        cells.append(row.get(name))
+def _total(counts: Mapping[str, Count]) -> int:
+    return sum(count.frames for count in counts.values())
 
 
-def note(observation: FaceObservation, row: dict[str, Any], tasks: dict[str, Task]) -> FaceNote:
-    """Return what is drawn for one face: its box, points, largest values, expression and place in the circumplex."""
-    points: Any = observation.points
-    bars: dict[str, float] = {}
-    limit = 1.0
-    expression = affect = None
-    for task in tasks.values():
-        shown, full = task.bars(row)
-        if shown:
-            bars, limit = bars | shown, max(limit, full)
-        if isinstance(task, Expression):
-            name = row["expression"]
-            expression = (str(name), float(row[f"expression_{str(name).replace(' ', '_')}"]))
-        elif isinstance(task, ValenceArousal):
-            affect = (float(row["valence"]), float(row["arousal"]))
-        elif task.landmark_scheme is not None:
-            points = np.asarray(row[f"landmarks_{task.landmark_scheme}"]).reshape(-1, 2)
-    return FaceNote(observation.box, points, expression, bars, limit, affect)
+def _report(
+    console: Console,
+    config: DictConfig,
+    sources: Sequence[FrameSource],
+    counts: Mapping[str, Count],
+    notes: Sequence[str],
+    stages: Stages,
+    columns: Columns,
+    thresholds: Mapping[str, Any] | None,
+    out: Path,
+    formats: Sequence[str],
+) -> None:
+    """Print what was found, how fast, and where it is."""
+    moving = any(source.moving for source in sources)
+    unit = "frame" if moving else "image"
+    total, faces = _total(counts), sum(count.faces for count in counts.values())
+    for reason, number in (
+        ("no face found", sum(count.empty for count in counts.values())),
+        (f"unreadable {unit}", sum(count.unreadable for count in counts.values())),
+    ):
+        if number:
+            console.print(f"{reason}: {number} of {total} {unit}s")
+    for line in notes:
+        console.print(line, markup=False, soft_wrap=True)
+    tracks = sum(count.tracks or 0 for count in counts.values())
+    several = f", {tracks} different" if moving else ""
+    looked = sum(count.detections for count in counts.values())
+    if moving and total:
+        console.print(f"looked for faces in {looked} of {total} frames, followed them in the others", highlight=False)
+    if total > 1:
+        console.print(stages.describe(total, unit), highlight=False)
+    shown = out / f"predictions.{formats[0]}"
+    console.print(f"{faces} face(s){several} in {total} {unit}(s): [bold]{shown}[/bold]", soft_wrap=True)
+    if config.annotate and total:
+        console.print(f"annotated copies: [bold]{out / ANNOTATED}[/bold]", soft_wrap=True)
+    decided = any(name.endswith("_c") for name in columns.schema.names)
+    if decided:
+        said = decision_texts({"thresholds": thresholds})
+        text = said[0] if said else "at 0.5, as the checkpoint stores no thresholds"
+        console.print(f"decisions (…_c): {text}", highlight=False)
+
+
+def _write_more(
+    console: Console,
+    config: DictConfig,
+    sources: Sequence[FrameSource],
+    predictor: Predictor,
+    columns: Columns,
+    face_table: FaceTableParts,
+    out: Path,
+    formats: Sequence[str],
+) -> None:
+    """Write the face table of photographs and the timelines of videos, and say where they are."""
+    photographs = [source for source in sources if not source.moving]
+    if photographs and face_table:
+        table = face_table.table(photographs[0].root, str(config.input))
+        table.to_parquet(out / FACE_TABLE)
+        command = training_command(out / FACE_TABLE, predictor.recipe, predictor.tasks)
+        console.print(f"train on it: {command}", markup=False, soft_wrap=True)
+    if not config.timeline:
+        return
+    if any(source.moving for source in sources) and "parquet" not in formats:
+        console.print("timelines are drawn from the Parquet table: add parquet to formats")
+        return
+    panels = timeline_panels(predictor.tasks, columns.by_task)
+    drawn = 0
+    for source in sources:
+        for track, figure in timelines(out / "predictions.parquet", source.name, panels) if source.moving else ():
+            save(figure, out / TIMELINES / f"{source.name}.face{track}.png")
+            drawn += 1
+    if drawn:
+        console.print(f"timelines: [bold]{out / TIMELINES}[/bold]", soft_wrap=True)
+
+
+def training_command(table: Path, recipe: CropRecipe, tasks: Mapping[str, Task]) -> str:
+    """Return the command that trains on a face table of predictions, with the crop and the tasks of its model."""
+    names = ",".join(tasks)
+    return f"affect train dataset=table dataset.table={shlex.quote(str(table))} prepare={recipe.kind} task=[{names}]"

@@ -120,10 +120,11 @@ def test_an_output_without_positives_keeps_the_threshold_of_its_metric() -> None
     assert found == {"au": {"AU1": pytest.approx(0.15), "AU2": 0.4, "AU4": 0.4}}
     decisions.apply({"au": task}, found)
     assert all(metric.threshold == tuple(found["au"].values()) for metric in task.metrics)
-    assert decisions.present({"au": task}, {"au": np.array([[0.2, 0.3, 0.5], [0.1, 0.1, 0.1]])}, found) == [
-        "AU1 AU4",
-        "",
-    ]
+    values = np.array([[0.2, 0.3, 0.5], [0.1, 0.6, 0.1]])
+    assert decisions.decide(task, values, found["au"]).tolist() == [[True, False, True], [False, True, False]]
+    assert decisions.decide(task, values).tolist() == [[False, False, True], [False, True, False]]
+    with pytest.raises(CheckpointError, match="none for AU4"):
+        decisions.decide(task, values, {"AU1": 0.1, "AU2": 0.1})
     with pytest.raises(CheckpointError, match="none for AU2"):
         decisions.apply({"au": task}, {"au": {"AU1": 0.3}})
 

@@ -12,18 +12,23 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from affect.commands import figures, predict
+from affect.commands import figures, predict, predictor
 from affect.commands.configuration import quote_paths
+from affect.commands.face_pictures import note
+from affect.commands.predictor import open_predictor, prediction_recipe, read_faces
 from affect.data.table import FaceTable
+from affect.data.video import ImageFiles, open_input
 from affect.errors import CheckpointError, DataError
 from affect.geometry import CropRecipe, FaceApiFinder, FaceObservation
 from affect.release import build_model, build_tasks, read_release, write_release
-from affect.tasks import AUIntensity, Task
+from affect.tasks import AUIntensity, AUOccurrence, Task
 from examples.my_extension.task import PainLevel
 from tests.models.test_base import make_module
 
@@ -74,41 +79,76 @@ def config(compose: Callable[..., DictConfig], release: Path, source: Path, out:
     return compose("predict", f"checkpoint={release}", f"input={source}", f"out={out}", *more)
 
 
+def read(path: Path) -> dict[str, list]:
+    return pq.read_table(path).to_pydict()
+
+
 def test_a_folder_gives_one_row_per_face_and_counts_the_rest(
     compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     predict.run(config(compose, release, photographs, tmp_path))
-    table = FaceTable.read_csv(tmp_path / "predictions.csv")
-    images, _ = table.strings("image")
-    success, _ = table.numbers("success")
-    found = dict(zip(images, success, strict=True))
-    assert found == {"astronaut.png": 1, "broken.jpg": 0, "coffee.png": 0, "more/mirrored.jpg": 1}
-    values, valid = table.numbers("au01_occurrence")
-    assert valid.tolist() == [bool(flag) for flag in success]
-    assert ((values >= 0) & (values <= 1)).all()
-    points, _ = table.numbers("landmarks_5")
-    assert points[success == 1].shape == (2, 10)
-    for name in table.names - {"image", "success"}:
-        assert table.column(name).is_null().to_pylist() == [not flag for flag in success], name
+    table = read(tmp_path / "predictions.parquet")
+    assert dict(zip(table["input"], table["success"], strict=True)) == {
+        "astronaut.png": 1, "broken.jpg": 0, "coffee.png": 0, "more/mirrored.jpg": 1,
+    }  # fmt: skip
+    assert table["frame"] == [0, 1, 2, 3]
+    assert table["timestamp"] == table["track"] == table["Pitch"] == [None] * 4
+    assert table["AU01_c"] == [None if value is None else int(value >= 0.5) for value in table["AU01"]]
+    always = {"input", "success", "frame", "timestamp", "track", "Pitch", "Yaw", "Roll"}
+    for name in table.keys() - always:
+        assert [cell is None for cell in table[name]] == [not flag for flag in table["success"]], name
+    # The same numbers under the names of labels, which training reads.
+    faces = FaceTable.read_parquet(tmp_path / "face_table.parquet")
+    assert faces.strings("image")[0].tolist() == table["input"]
+    values, valid = faces.numbers("au01_occurrence")
+    assert valid.tolist() == [bool(flag) for flag in table["success"]]
+    assert values[valid].tolist() == [value for value in table["AU01"] if value is not None]
+    points, _ = faces.numbers("landmarks_5")
+    assert points[0, 0::2].tolist() == [table[f"landmarks_5_x_{k}"][0] for k in range(5)]
+    assert points[0, 1::2].tolist() == [table[f"landmarks_5_y_{k}"][0] for k in range(5)]
+    box, _ = faces.numbers("box")
+    rectangle = [table[name][0] for name in ("FaceRectX", "FaceRectY", "FaceRectWidth", "FaceRectHeight")]
+    assert rectangle == pytest.approx([box[0, 0], box[0, 1], box[0, 2] - box[0, 0], box[0, 3] - box[0, 1]], abs=1e-4)
     printed = capsys.readouterr().out
     assert "no face found: 1 of 4" in printed
     assert "unreadable image: 1 of 4" in printed
+    assert "at 0.5, as the checkpoint stores no thresholds" in printed
     assert cv2.imread(str(tmp_path / "annotated" / "astronaut.png")) is not None
     assert (tmp_path / "annotated" / "more" / "mirrored.jpg.png").is_file()
     assert not (tmp_path / "annotated" / "coffee.png").exists()
     assert "delivered crops" not in printed
-    command = f"affect train dataset=table dataset.table={tmp_path / 'predictions.parquet'} prepare=similarity task=["
+    command = f"affect train dataset=table dataset.table={tmp_path / 'face_table.parquet'} prepare=similarity task=["
     assert command in printed
+
+
+def test_both_files_hold_the_same(
+    compose: Callable[..., DictConfig], release: Path, photographs: Path, tmp_path: Path
+) -> None:
+    predict.run(config(compose, release, photographs, tmp_path, "annotate=false"))
+    stored = pq.read_table(tmp_path / "predictions.parquet")
+    written = pa_csv.read_csv(tmp_path / "predictions.csv")
+    assert written.column_names == stored.column_names
+    assert stored.column_names[:10] == [
+        "frame", "timestamp", "face", "track", "FaceRectX", "FaceRectY", "FaceRectWidth", "FaceRectHeight", "FaceScore",
+        "success",
+    ]  # fmt: skip
+    assert stored.column_names[10:12] == ["x_0", "x_1"]
+    assert stored.column_names[145:149] == ["y_67", "Pitch", "Roll", "Yaw"]
+    for name in stored.column_names:
+        for a, b in zip(written[name].to_pylist(), stored[name].to_pylist(), strict=True):
+            assert a == (pytest.approx(b) if isinstance(b, float) else b), name
+    assert not (tmp_path / "annotated").exists()
 
 
 def test_a_search_leaves_out_the_copies_of_an_earlier_run(photographs: Path, tmp_path: Path) -> None:
     for name in ("own.png", "predictions/annotated/own.png", "annotated/kept.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((photographs / "coffee.png").read_bytes())
-    files, _ = predict.input_images(tmp_path, tmp_path / "predictions")
-    assert [str(file.relative_to(tmp_path)) for file in files] == ["annotated/kept.png", "own.png"]
-    with pytest.raises(DataError, match="no image in it"):
-        predict.input_images(tmp_path / "predictions", tmp_path / "predictions")
+    [source] = open_input(tmp_path, [tmp_path / "predictions" / "annotated"])
+    assert isinstance(source, ImageFiles)
+    assert [str(file.relative_to(tmp_path)) for file in source.paths] == ["annotated/kept.png", "own.png"]
+    with pytest.raises(DataError, match="no image or video in it"):
+        open_input(tmp_path / "predictions", [tmp_path / "predictions" / "annotated"])
 
 
 def test_the_table_is_read_back_by_the_printed_command(
@@ -127,20 +167,21 @@ def test_the_table_is_read_back_by_the_printed_command(
 
 def test_the_face_is_cropped_as_in_training(release: Path, photographs: Path) -> None:
     loaded = read_release(release)
-    tasks = build_tasks(loaded)
-    module = build_model(loaded, tasks)
+    module = build_model(loaded, build_tasks(loaded))
     image = np.ascontiguousarray(data.astronaut())
     found = FaceApiFinder().find(image)
-    recipe = predict.prediction_recipe(loaded.preprocess)
-    row = predict.predict_faces(module, tasks, recipe, image, found, torch.device("cpu"), 8)[0]
+    model = open_predictor(release, device="cpu")
+    read = read_faces(model, [image], found, 8)
+    assert read.usable.tolist() == [True]
+    recipe = model.recipe
     matrix = recipe.matrix(landmarks=found[0].points)
     crop = torch.from_numpy(recipe.crop(image, matrix)).permute(2, 0, 1)[None]
     with torch.inference_mode():
         vector = module.encoder(crop)
         expected = module.head(vector)["au"].sigmoid()[0]
-    assert row["au01_occurrence"] == pytest.approx(float(expected[0]), abs=1e-6)
+    assert read.values["au"][0, 0] == pytest.approx(float(expected[0]), abs=1e-6)
     # Points in fractions of the crop come back in pixels of the photograph: the crop's centre is the face's.
-    centre = np.asarray(row["landmarks_5"]).reshape(5, 2).mean(0)
+    centre = read.values["landmarks"][0].mean(0)
     box = found[0].box
     assert box[0] < centre[0] < box[2]
     assert box[1] < centre[1] < box[3]
@@ -149,7 +190,7 @@ def test_the_face_is_cropped_as_in_training(release: Path, photographs: Path) ->
 def test_a_model_of_delivered_crops_gets_the_box_of_the_face() -> None:
     none = CropRecipe(kind="none", size=32)
     for described in (None, none.describe()):
-        recipe = predict.prediction_recipe({"recipe": described, "image_size": 32})
+        recipe = prediction_recipe({"recipe": described, "image_size": 32})
         assert (recipe.kind, recipe.size) == ("box", 32)
 
 
@@ -163,7 +204,7 @@ def test_a_model_of_delivered_crops_says_what_is_cropped_instead(
 ) -> None:
     loaded = read_release(release)
     delivered = dataclasses.replace(loaded, preprocess={"recipe": None, "image_size": 32})
-    monkeypatch.setattr(predict, "read_release", lambda *_: delivered)
+    monkeypatch.setattr(predictor, "read_release", lambda *_: delivered)
     predict.run(config(compose, release, photographs / "astronaut.png", tmp_path))
     printed = capsys.readouterr().out
     assert "trained on delivered crops: each face's box with a margin of 10% is cropped" in printed
@@ -184,7 +225,7 @@ def test_a_single_image_that_gives_nothing_is_an_error(
 
 
 def test_a_folder_without_images_is_an_error(compose: Callable[..., DictConfig], release: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no image in it"):
+    with pytest.raises(DataError, match="no image or video in it"):
         predict.run(config(compose, release, tmp_path, tmp_path / "out"))
 
 
@@ -200,9 +241,9 @@ def test_a_task_from_outside_is_drawn_as_it_says() -> None:
     tasks: dict[str, Task] = {"pain": pain, "au": intensity}
     observation = FaceObservation(np.zeros((5, 2), np.float32), np.zeros(4, np.float32), 1.0, "5")
     row = {"pain": 2.0, "pain_at_least_1": 0.9, "pain_at_least_2": 0.6, "au12_intensity": 3.0}
-    drawn = predict.note(observation, row, tasks)
+    drawn = note(observation, row, tasks)
     assert drawn.bars == {"pain": 2.0, "AU12": 3.0}
-    assert drawn.bar_limit == 16
+    assert drawn.bar_limits == {"pain": 16.0, "AU12": 5.0}
     values = {"pain": torch.tensor([[0.9, 0.4]]), "au": torch.tensor([[3.0]])}
     assert figures.answers(tasks, values, None, 0) == {"at_least_1": True, "at_least_2": False, "AU12": 3.0}
 
@@ -215,6 +256,14 @@ def test_outputs_at_the_checkpoints_thresholds_are_named(
     tuned = {"rule": "tuned", "values": {"au": {"AU1": 0.0, "AU2": 1.0}}, "part": "validation", "rows": 7}
     path.write_text(json.dumps({**json.loads(path.read_text()), "thresholds": tuned}))
     predict.run(config(compose, tmp_path / "release", photographs / "astronaut.png", tmp_path / "out"))
-    table = FaceTable.read_parquet(tmp_path / "out" / "predictions.parquet")
-    assert table.strings("present")[0].tolist() == ["AU1"]
-    assert "present: thresholds tuned per output on 7 validation rows" in capsys.readouterr().out
+    table = read(tmp_path / "out" / "predictions.parquet")
+    assert (table["AU01_c"], table["AU02_c"]) == ([1], [0])
+    assert "decisions (…_c): thresholds tuned per output on 7 validation rows" in capsys.readouterr().out
+
+
+def test_presence_and_intensity_of_an_action_unit_both_show() -> None:
+    tasks: dict[str, Task] = {"au": AUOccurrence([12]), "au_intensity": AUIntensity([12])}
+    observation = FaceObservation(np.array([0.0, 0, 4, 4]), 1.0, np.zeros((68, 2)))
+    drawn = note(observation, {"au12_occurrence": 0.9, "au12_intensity": 2.0}, tasks)
+    assert drawn.bars == {"AU12": 0.9, "AU12 (au_intensity)": 2.0}
+    assert drawn.bar_limits == {"AU12": 1.0, "AU12 (au_intensity)": 5.0}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of data, training and results: pure functions of arrays and records that return matplotlib figures."""
 
-from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, enlargement
+from affect.report.figures.annotate import FaceNote, annotate_face, annotate_faces, annotate_frame, enlargement
 from affect.report.figures.attribution import attribution_sheet
 from affect.report.figures.curves import cumulative_error_curve, reliability_diagram, training_curves
 from affect.report.figures.findings import attention_sheet, soft_order_matrix, weight_curves
@@ -11,11 +11,15 @@ from affect.report.figures.scores import au_bars, confusion_matrix, ladder_bars
 from affect.report.figures.sheets import landmark_sheet, prediction_sheet, sample_sheet
 from affect.report.figures.stages import stage_sheet
 from affect.report.figures.style import save, save_image
+from affect.report.figures.timeline import Panel, Timeline, timeline
 
 __all__ = [
     "FaceNote",
+    "Panel",
+    "Timeline",
     "annotate_face",
     "annotate_faces",
+    "annotate_frame",
     "attention_sheet",
     "attribution_sheet",
     "au_bars",
@@ -34,6 +38,7 @@ __all__ = [
     "save_image",
     "soft_order_matrix",
     "stage_sheet",
+    "timeline",
     "training_curves",
     "weight_curves",
 ]

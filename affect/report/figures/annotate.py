@@ -50,6 +50,8 @@ class FaceNote:
         bar_limit: Value of a full bar: 1 for probabilities and coefficients, 5 for intensities.
         affect: Valence and arousal, each in [-1, 1].
         lines: Further lines of text.
+        bar_limits: Value of a full bar of single names, where it is not ``bar_limit``.
+        number: What the face is called at its box and above its values; None counts the faces of a picture from 1.
     """
 
     box: Sequence[float] | np.ndarray | None = None
@@ -59,6 +61,8 @@ class FaceNote:
     bar_limit: float = 1.0
     affect: tuple[float, float] | None = None
     lines: Sequence[str] = ()
+    bar_limits: Mapping[str, float] = field(default_factory=dict)
+    number: int | None = None
     further: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -127,11 +131,65 @@ def annotate_faces(image: np.ndarray, faces: Sequence[FaceNote], *, top: int = 6
     for index, column in enumerate(columns):
         left = width + index * panel_width
         for card, upper, _ in column:
-            texts += _draw_card(canvas, cards[card], left, upper, panel_width, size, card + 1 if numbered else None)
+            label = _number(faces[card], card) if numbered else None
+            texts += _draw_card(canvas, cards[card], left, upper, panel_width, size, label)
     if numbered:
         for index, face in enumerate(faces):
-            texts += _draw_tag(canvas, face, factor, (height, width), size, str(index + 1))
+            texts += _draw_tag(canvas, face, factor, (height, width), size, str(_number(face, index)))
     return _write(canvas, texts)
+
+
+def annotate_frame(image: np.ndarray, faces: Sequence[FaceNote], *, top: int = 4) -> np.ndarray:
+    """Return a frame of a video with its faces annotated; frames of one size give pictures of one size.
+
+    The panel at the right has room for some faces; for further ones it says how many they are, and they are drawn and
+    numbered in the picture all the same.
+
+    Args:
+        image: RGB uint8 ``(H, W, 3)``; it is not changed.
+        faces: What is known about each face; ``FaceNote.number`` keeps a face's number through the video.
+        top: Most bars to draw per face.
+
+    Returns:
+        RGB uint8, as ``annotate_faces``.
+    """
+    image = style.as_rgb(image)
+    factor = enlargement(image.shape[0], image.shape[1])
+    height, width = image.shape[0] * factor, image.shape[1] * factor
+    picture = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC) if factor > 1 else image.copy()
+    for face in faces:
+        _draw_face(picture, face, factor)
+    size = max(_SMALLEST_TEXT, min(round(math.sqrt(height * width) / 34), round(0.6 * width / _PANEL_WIDTH)))
+    panel_width = round(_PANEL_WIDTH * size)
+    canvas = np.full((height, width + panel_width, 3), _PANEL, np.uint8)
+    canvas[:, :width] = picture
+    texts: list[_Placed] = []
+    upper = 0
+    cards = [_card_rows(face, top) for face in faces]
+    for index, rows in enumerate(cards):
+        left_over = len(cards) - index
+        room = height - upper - (0 if left_over == 1 else 2 * size)
+        needed = _card_height(rows, size, numbered=True)
+        while needed > room and len(rows) > 1:  # a shorter card says more than none
+            rows = rows[:-1]
+            needed = _card_height(rows, size, numbered=True)
+        if needed > room:
+            further = f"{left_over} more face{'s' if left_over > 1 else ''}"
+            texts.append(
+                _Placed(further, width + 0.9 * size, upper + 1.4 * size, panel_width - 1.8 * size, size, _MUTED)
+            )
+            break
+        texts += _draw_card(canvas, rows, width, upper, panel_width, size, _number(faces[index], index))
+        upper += needed
+    if not faces:
+        texts.append(_Placed("no face found", width + 0.9 * size, 1.8 * size, panel_width - 1.8 * size, size, _MUTED))
+    for index, face in enumerate(faces):
+        texts += _draw_tag(canvas, face, factor, (height, width), size, str(_number(face, index)))
+    return _write(canvas, texts)
+
+
+def _number(face: FaceNote, index: int) -> int:
+    return index + 1 if face.number is None else face.number
 
 
 def enlargement(height: int, width: int) -> int:
@@ -192,12 +250,13 @@ def _card_rows(face: FaceNote, top: int) -> list[_Row]:
         right = f"{probability * 100:.0f} %" if math.isfinite(probability) else ""
         rows.append(_Line(name, right, bold=True, height=1.8))
     known = {name: float(value) for name, value in face.bars.items() if math.isfinite(value)}
-    if not face.bar_limit > 0:
-        raise DataError(f"annotation: bar_limit {face.bar_limit}; give the value of a full bar, e.g. 1 or 5")
-    largest = sorted(known, key=lambda name: -known[name])[:top]
-    for name in largest:
+    limits = {name: float(face.bar_limits.get(name, face.bar_limit)) for name in known}
+    for limit in (face.bar_limit, *limits.values()):
+        if not limit > 0:
+            raise DataError(f"annotation: bar_limit {limit}; give the value of a full bar, e.g. 1 or 5")
+    for name in sorted(known, key=lambda name: -known[name] / limits[name])[:top]:
         meaning = facs_name(name)
-        share = float(np.clip(known[name] / face.bar_limit, 0, 1))
+        share = float(np.clip(known[name] / limits[name], 0, 1))
         rows.append(_Bar(name if meaning is None else f"{name} {meaning}", known[name], share))
     if face.affect is not None and all(math.isfinite(value) for value in face.affect):
         rows.append(_Circle(float(face.affect[0]), float(face.affect[1])))

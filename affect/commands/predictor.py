@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that reads faces: crops in, values by task out, whatever runs it.
+
+``open_predictor`` is the one place that knows which kinds of checkpoints there are. What it returns says which crops it
+takes and which tasks it has; ``read_faces`` turns photographs and observations into values in pixels and degrees of the
+photographs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from affect.commands import decisions
+from affect.data.batch import FaceBatch
+from affect.data.dataset import turned
+from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
+from affect.geometry.tracking import Clock, no_clock
+from affect.models.base import AffectModule
+from affect.release import PREPROCESS, build_model, build_tasks, read_release
+from affect.tasks import Task
+
+BOX_MARGIN = 0.1
+"""Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
+
+
+class Predictor(Protocol):
+    """A model that is ready to read crops.
+
+    Attributes:
+        tasks: What it predicts, by name.
+        recipe: How a face is cropped for it.
+        thresholds: What its checkpoint says of thresholds (``decisions.describe``), None if nothing.
+        delivered: Whether it was trained on crops as a dataset delivers them.
+    """
+
+    tasks: Mapping[str, Task]
+    recipe: CropRecipe
+    thresholds: dict[str, Any] | None
+    delivered: bool
+
+    def predict(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return the values of each task (``Task.predict``) for RGB crops ``(N, S, S, 3)``."""
+        ...
+
+
+class TorchPredictor:
+    """A release in PyTorch.
+
+    Args:
+        module: The model, in evaluation mode.
+        tasks: Its tasks.
+        preprocess: What the release says of crops and thresholds.
+        where: File that says so, for messages.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        module: AffectModule,
+        tasks: Mapping[str, Task],
+        preprocess: Mapping[str, Any],
+        where: str = PREPROCESS,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.tasks, self.device = tasks, torch.device(device)
+        self.module = module.to(self.device)
+        self.recipe = prediction_recipe(preprocess)
+        self.delivered = was_delivered(preprocess)
+        self.thresholds = decisions.read_thresholds(preprocess, where)
+
+    def predict(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        images = torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2).contiguous()
+        batch = FaceBatch(image=images, targets={}, masks={})
+        with torch.inference_mode():
+            return {
+                name: v.float().cpu().numpy() for name, v in self.module.predict_step(batch.to(self.device)).items()
+            }
+
+
+def open_predictor(checkpoint: Path, trust: Sequence[str] = (), device: torch.device | str | None = None) -> Predictor:
+    """Return the predictor of a checkpoint.
+
+    Args:
+        checkpoint: Folder of a run or of a release.
+        trust: Packages whose classes the checkpoint may name.
+        device: Where a PyTorch model runs; None takes a GPU where there is one.
+    """
+    release = read_release(checkpoint, list(trust))
+    tasks = build_tasks(release)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = str(release.folder / PREPROCESS)
+    return TorchPredictor(build_model(release, tasks), tasks, release.preprocess, where, device)
+
+
+def prediction_recipe(preprocess: Mapping[str, Any]) -> CropRecipe:
+    """Return the recipe of a release; a model trained on delivered crops gets the box of the face with a margin."""
+    size = int(preprocess["image_size"])
+    if was_delivered(preprocess):
+        return CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
+    return CropRecipe.read({**preprocess["recipe"], "size": size}).composed()
+
+
+def was_delivered(preprocess: Mapping[str, Any]) -> bool:
+    """Return whether a model was trained on images that were crops already."""
+    described = preprocess.get("recipe")
+    return described is None or described["kind"] == "none"
+
+
+class FaceValues(NamedTuple):
+    """What a model reads in faces.
+
+    Attributes:
+        values: By task, ``(N, K)``; points ``(N, P, 2)`` in pixels of the photographs.
+        usable: Which of the faces that were given could be cropped, ``(M,)``; N of them.
+    """
+
+    values: dict[str, NDArray[np.float32]]
+    usable: NDArray[np.bool_]
+
+
+def read_faces(
+    predictor: Predictor,
+    images: Sequence[NDArray[np.uint8]],
+    faces: Sequence[FaceObservation],
+    batch_size: int = 32,
+    clock: Clock = no_clock,
+) -> FaceValues:
+    """Return what a model reads in faces.
+
+    Args:
+        predictor: The model.
+        images: The photograph of each face, RGB uint8 ``(H, W, 3)``.
+        faces: Box and points of each face.
+        batch_size: Crops that the model reads at once.
+        clock: Takes the time of ``crop`` and ``model``.
+    """
+    recipe, tasks = predictor.recipe, predictor.tasks
+    points = np.array([face.points for face in faces]) if faces else np.zeros((0, 68, 2))
+    boxes = np.array([face.box for face in faces]).reshape(-1, 4)
+    usable = recipe.usable(points, boxes) if faces else np.zeros(0, bool)
+    kept = np.flatnonzero(usable)
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in tasks}
+    matrices = recipe.matrices(points=points[kept], boxes=boxes[kept]) if len(kept) else np.zeros((0, 2, 3))
+    for start in range(0, len(kept), batch_size):
+        rows = range(start, min(start + batch_size, len(kept)))
+        with clock("crop"):
+            crops = np.stack([recipe.crop(images[kept[row]], matrices[row]) for row in rows])
+        with clock("model"):
+            for name, values in predictor.predict(crops).items():
+                parts[name].append(values)
+    found = {}
+    for name, task in tasks.items():
+        if not parts[name]:
+            continue
+        values = np.concatenate(parts[name])
+        if task.landmark_scheme is not None:
+            pixels = values.astype(np.float64) * recipe.size - 0.5
+            found[name] = transform_points(invert(matrices), pixels).astype(np.float32)
+        else:
+            found[name] = task.unturn(values, turned(matrices), np.zeros(len(values), bool))
+    return FaceValues(found, usable)
