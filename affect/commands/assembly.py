@@ -423,6 +423,8 @@ def build_datamodule(
         eval_transform=plain,
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
+        prefetch_factor=config.data.get("prefetch_factor"),
+        pin_memory=config.data.get("pin_memory"),
         sampling=Sampling(**OmegaConf.to_container(config.data.get("sampling") or OmegaConf.create({}))),
         schemes=schemes,
         seed=config.get("seed", 0),

@@ -33,6 +33,7 @@ from affect.callbacks import (
     preemptible,
 )
 from affect.commands import assembly, decisions, figures, inference
+from affect.commands.acceleration import check_precision, compile_encoders, resolve_batching, scale_learning_rate
 from affect.commands.check import verified
 from affect.commands.distributed import cluster_environment, join_tasks, use_own_launcher, wait_for_all
 from affect.commands.landmarks import POINTS, TYPICAL_FACES, typical_points
@@ -155,6 +156,7 @@ def check_keys(config: DictConfig) -> None:
     require_integer("bootstrap.resamples", config.bootstrap.resamples, 0)
     decisions.check_rule(config.thresholds, config.selection)
     decisions.check_window(config.smoothing)
+    check_precision(config)
     level = config.bootstrap.level
     if not isinstance(level, int | float) or not 0 < level < 1:
         raise ConfigError(f"bootstrap.level={level} must lie between 0 and 1, e.g. 0.95")
@@ -338,6 +340,10 @@ def _train(
     history, seeding = History(), SeedEachStep(int(config.seed))
     trainer = build_trainer(config, [seeding, history], None if chosen is None else chosen["epochs"])
     quantize(config, module, trainer)
+    batching = resolve_batching(config, trainer)
+    datamodule.batch_size = batching.per_process
+    scale_learning_rate(module, batching.learning_rate_factor)
+    compile_encoders(config, module)
     by_score = config.selection in ("best_val", "best_on_test")
     if by_score and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(f"selection={config.selection} needs callbacks.best; or selection=last")
@@ -361,6 +367,7 @@ def _train(
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["quantization"] = None if module.quantization is None else module.quantization.report(module)
+    results["batch"] = batching.describe()
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
     if config.get("figures", True):
         figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)

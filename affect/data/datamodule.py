@@ -261,6 +261,9 @@ class FaceDataModule(pl.LightningDataModule):
         seed: Seed of order and augmentation.
         limit: At most so many rows of each part, spread evenly; None takes all.
         protocols: How single sources are split, by name, where that is not ``protocol``.
+        prefetch_factor: Batches that each loading process prepares ahead; None takes torch's choice, 2.
+        pin_memory: Whether batches lie in page-locked memory, from which a copy to a GPU overlaps with computing; None
+            does so where there is one.
     """
 
     def __init__(
@@ -277,8 +280,17 @@ class FaceDataModule(pl.LightningDataModule):
         seed: int = 0,
         limit: int | None = None,
         protocols: Mapping[str, Protocol] | None = None,
+        prefetch_factor: int | None = None,
+        pin_memory: bool | None = None,
     ) -> None:
         super().__init__()
+        if prefetch_factor is not None and prefetch_factor < 1:
+            raise ConfigError(f"data.prefetch_factor={prefetch_factor}: at least 1, or null")
+        if pin_memory and not torch.cuda.is_available():
+            raise ConfigError(
+                "data.pin_memory=true: there is no GPU to copy to; write null, which pins where there is one"
+            )
+        self.prefetch_factor, self.pin_memory = prefetch_factor, pin_memory
         if batch_size < 1 or num_workers < 0 or (limit is not None and limit < 1):
             raise ConfigError(f"data: batch_size={batch_size}, num_workers={num_workers}, limit={limit} out of range")
         if not sources:
@@ -515,7 +527,8 @@ class FaceDataModule(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "worker_init_fn": prepare_worker,
             "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
+            "prefetch_factor": self.prefetch_factor if self.num_workers > 0 else None,
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         }
 
     def _process(self) -> tuple[int, int]:

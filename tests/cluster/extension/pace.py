@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A callback that makes a run of seconds last as long as a test needs, whatever the machine."""
+"""A callback that makes the first attempt of a run last as long as a test needs, whatever the machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import pytorch_lightning as pl
 
 
 class Pace(pl.Callback):
-    """Waits after each training batch and notes in a file how many this process has finished.
+    """Waits after each training batch and notes the step in a file.
 
     Args:
         folder: Folder of the run.
-        seconds: How long to wait.
+        seconds: How long to wait; a run that was continued does not.
     """
 
     def __init__(self, folder: str, seconds: float) -> None:
         self.folder, self.seconds = Path(folder), float(seconds)
+
+    def on_train_start(self, *arguments: Any) -> None:
+        """See whether the run was continued."""
+        if (self.folder / "last.ckpt").exists():
+            self.seconds = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
         """Wait and append the step."""

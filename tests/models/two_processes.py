@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains and validates small models in one or in two gloo processes; run as a script by a test.
+
+The workers are forked: this process has one thread, and a spawned worker would import everything again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.multiprocessing
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from affect import losses, metrics, tasks
+from affect.data.batch import FaceBatch
+from affect.data.sampling import OrderedSampler
+from affect.models.baseline import Baseline
+
+STEPS, SIZE, ODD = 4, 8, 21
+"""Training steps, samples of a step over all processes, samples of the validation, which no even number divides."""
+
+
+class Encoder(nn.Module):
+    """Two convolutions without batch statistics."""
+
+    num_features = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.AdaptiveAvgPool2d(1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.float() / 255).flatten(1)
+
+
+def make_module(concordance: bool = False) -> Baseline:
+    continuous = losses.Concordance() if concordance else losses.MSE()
+    made: dict[str, tasks.Task] = {
+        "au": tasks.AUOccurrence(aus=[1, 2], loss=losses.BinaryCrossEntropy(), metrics=[metrics.F1()]),
+        "expression": tasks.Expression(
+            classes=["neutral", "happiness", "sadness"], loss=losses.CrossEntropy(), metrics=[metrics.Classification()]
+        ),
+        "valence_arousal": tasks.ValenceArousal(loss=continuous, metrics=[metrics.CCC()]),
+        "landmarks": tasks.Landmarks("5", loss=losses.SmoothL1(), metrics=[metrics.AlignmentError("5")]),
+    }
+    if concordance:
+        made = {"valence_arousal": made["valence_arousal"]}
+    for task in made.values():
+        for metric in task.metrics:
+            metric.bind(task.outputs)
+    torch.manual_seed(0)
+    return Baseline(made, Encoder(), optimizer=functools.partial(torch.optim.SGD, lr=0.5))  # type: ignore[arg-type]
+
+
+def make_batch(size: int, seed: int, one_side: bool = False) -> FaceBatch:
+    """Return faces with random labels; where ``one_side``, only samples of even number have valence and arousal."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.randint(3, (size,), generator=generator)
+    targets = {
+        "au": torch.randint(0, 2, (size, 2), generator=generator).float(),
+        "expression": nn.functional.one_hot(kind, 3).float(),
+        "valence_arousal": torch.rand(size, 2, generator=generator) * 2 - 1,
+        "landmarks": torch.rand(size, 5, 2, generator=generator),
+    }
+    masks = {name: torch.rand(t.shape[:2], generator=generator) > 0.4 for name, t in targets.items()}
+    masks["expression"] = masks["expression"][:, :1].expand(-1, 3).clone()
+    masks["au"][: size // 2] = False  # the first half of a block has no action unit at all
+    if one_side:
+        masks["valence_arousal"][0::2] = True
+        masks["valence_arousal"][1::2] = False
+    image = torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return FaceBatch(image=image, targets=targets, masks=masks)
+
+
+def take(batch: FaceBatch, rows: Any) -> FaceBatch:
+    pick = {name: {k: v[rows] for k, v in getattr(batch, name).items()} for name in ("targets", "masks")}
+    return FaceBatch(image=batch.image[rows], **pick)
+
+
+class Loader(list):
+    """A loader of fixed batches."""
+
+
+def make_trainer(folder: Path, world: int, **arguments: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        plugins=[LightningEnvironment()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        **arguments,
+    )
+
+
+def trained(
+    folder: Path, rank: int, world: int, one_side: bool = False, concordance: bool = False, accumulate: int = 1
+) -> dict[str, Tensor]:
+    """Return the weights after some steps, each process with its part of every batch."""
+    module = make_module(concordance)
+    whole = [make_batch(SIZE, seed, one_side) for seed in range(STEPS)]
+    batches = Loader(take(batch, slice(rank, None, world)) for batch in whole)
+    make_trainer(folder, world, max_epochs=1, accumulate_grad_batches=accumulate).fit(module, batches)
+    return {name: value.clone() for name, value in module.release_state().items()}
+
+
+def validated(folder: Path, rank: int, world: int) -> dict[str, float]:
+    """Return what the validation of an odd number of samples logs, shared out as the data module does."""
+    module, whole = make_module(), make_batch(ODD, 99)
+    parts = Loader(take(whole, key.positions) for key in OrderedSampler(ODD, 4, rank, world))
+    make_trainer(folder, world).validate(module, parts, verbose=False)
+    return module.last_validation
+
+
+def work(rank: int, folder: str, world: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if world > 1:
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+        setattr(rank_zero_only, "rank", rank)  # noqa: B010
+    path = Path(folder)
+    found = {
+        "unequal masks": trained(path, rank, world),
+        "one side": trained(path, rank, world, one_side=True),
+        "concordance": trained(path, rank, world, concordance=True),
+        "accumulated": trained(path, rank, world, accumulate=2),
+        "validation": validated(path, rank, world),
+    }
+    torch.save(found, path / f"world{world}-rank{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(0, sys.argv[1], 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    torch.multiprocessing.start_processes(work, args=(sys.argv[1], 2), nprocs=2, start_method="fork")
