@@ -308,23 +308,26 @@ class PixelVector(nn.Module):
 class PlainConvolutions(nn.Module):
     """A few convolutions for small images, for controlled experiments that have to be quick.
 
-    Each layer is a 3x3 convolution, batch norm, ReLU and 2x2 max-pooling.
+    Each layer is a 3x3 convolution, batch norm, ReLU and, where it pools, 2x2 max-pooling.
 
     Args:
         image_size: Side of the square input in pixels.
         widths: Channels of each layer.
-        output: ``map`` ``(B, D, h, w)``, or ``vector``, its average over positions.
+        output: ``map`` ``(B, D, h, w)``; ``vector``, its average over positions; or ``flat``, all its values
+            ``(B, D h w)``.
         norm: Batch norm in each layer.
+        pools: Numbers of the layers that pool, from 0; None takes all.
         mean: Channel means in [0, 1].
         std: Channel standard deviations in [0, 1].
         pretrained: There are no such weights: always False.
         weights: There are no such weights: always None.
 
     Attributes:
-        num_features: Channels D of the output.
+        num_features: Channels D of the output; for ``flat`` the values of the map.
 
     Raises:
-        ConfigError: If the image is too small for so many layers, ``output`` is unknown, or weights are asked for.
+        ConfigError: If the image is too small for so many layers, a layer that pools or ``output`` is unknown, or
+            weights are asked for.
     """
 
     channel_order, origin = "RGB", "random"
@@ -335,6 +338,7 @@ class PlainConvolutions(nn.Module):
         widths: Sequence[int] = (16, 32),
         output: str = "map",
         norm: bool = True,
+        pools: Sequence[int] | None = None,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.25, 0.25, 0.25),
         pretrained: bool = False,
@@ -345,18 +349,26 @@ class PlainConvolutions(nn.Module):
             raise ConfigError(
                 "encoder=plain_convolutions has no pretrained weights; leave encoder.weights and .pretrained"
             )
-        if output not in ("map", "vector"):
-            raise ConfigError(f"encoder.output={output!r}: {near(str(output), ['map', 'vector'])}")
-        if not widths or int(image_size) >> len(widths) < 1:
+        if output not in ("map", "vector", "flat"):
+            raise ConfigError(f"encoder.output={output!r}: {near(str(output), ['map', 'vector', 'flat'])}")
+        pooling = set(range(len(widths)) if pools is None else map(int, pools))
+        if not pooling <= set(range(len(widths))):
+            raise ConfigError(f"encoder.pools={sorted(pooling)}: layers have the numbers 0 to {len(widths) - 1}")
+        side = int(image_size) >> len(pooling)
+        if not widths or side < 1:
             most = int(image_size).bit_length() - 1
-            raise ConfigError(f"encoder.widths={list(widths)}: an image of {image_size} px allows 1 to {most} layers")
-        self.image_size, self.output, self.num_features = int(image_size), output, int(widths[-1])
+            raise ConfigError(
+                f"encoder.widths={list(widths)}: an image of {image_size} px allows 1 to {most} layers that pool"
+            )
+        self.image_size, self.output = int(image_size), output
+        self.num_features = int(widths[-1]) * (side**2 if output == "flat" else 1)
         self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
         layers = []
-        for before, after in itertools.pairwise([3, *(int(width) for width in widths)]):
+        for number, (before, after) in enumerate(itertools.pairwise([3, *(int(width) for width in widths)])):
             parts: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
             parts += [nn.BatchNorm2d(after)] if norm else []
-            layers.append(nn.Sequential(*parts, nn.ReLU(), nn.MaxPool2d(2)))
+            parts += [nn.ReLU()] + ([nn.MaxPool2d(2)] if number in pooling else [])
+            layers.append(nn.Sequential(*parts))
         self.model = nn.Sequential(*layers)
         self.register_buffer("_scale", 1 / (255 * torch.tensor(self.std)).view(3, 1, 1), persistent=False)
         self.register_buffer(
@@ -366,7 +378,9 @@ class PlainConvolutions(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return the configured output for RGB uint8 images ``(B, 3, H, W)``."""
         grid = self.model(image.to(self._scale.dtype) * self._scale - self._shift)
-        return grid if self.output == "map" else grid.mean((2, 3))
+        if self.output == "vector":
+            return grid.mean((2, 3))
+        return grid.flatten(1) if self.output == "flat" else grid
 
     def layer_index(self) -> dict[str, int]:
         """Return for each parameter the number of its layer."""

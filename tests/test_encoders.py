@@ -161,6 +161,16 @@ def test_plain_convolutions_halve_the_side_and_give_a_map_or_its_average():
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in PlainConvolutions(12, [4], norm=False).modules())
 
 
+def test_plain_convolutions_pool_where_asked_and_flatten() -> None:
+    image = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)
+    grid = PlainConvolutions(12, [4, 6, 5], pools=[1]).eval()
+    assert grid(image).shape == (3, 5, 6, 6)
+    flat = PlainConvolutions(12, [4, 6, 5], pools=[1], output="flat").eval()
+    flat.load_state_dict(grid.state_dict())
+    torch.testing.assert_close(flat(image), grid(image).flatten(1))
+    assert flat.num_features == 5 * 6 * 6
+
+
 def test_plain_convolutions_normalise():
     encoder = PlainConvolutions(2, [1], norm=False, mean=[0.5] * 3, std=[0.25] * 3)
     seen = []
@@ -173,6 +183,7 @@ def test_plain_convolutions_normalise():
     ("arguments", "message"),
     [
         ({"image_size": 8, "widths": [4] * 4}, "8 px allows 1 to 3 layers"),
+        ({"pools": [2]}, "the numbers 0 to 1"),
         ({"widths": []}, "allows 1 to 3"),
         ({"output": "tokens"}, "encoder.output"),
         ({"weights": "x.pth"}, "no pretrained weights"),

@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
+from affect.commands.assembly import read_table
 from affect.commands.inference import encode_truth
+from affect.data.controlled.noisy_labels import TRUE_PREFIX
 from affect.data.table import FaceTable
+from affect.errors import ConfigError, near
 from affect.metrics import best_thresholds
 from affect.metrics.counts import binary_counts
 from affect.metrics.f1 import f1_scores
@@ -39,3 +43,81 @@ def mean_on_positives(results: Mapping[str, Any], task: str, part: str = "test")
     values, target, mask = _answers(results, task, part)
     chosen = mask & (target >= 0.5)
     return float(values[chosen].double().mean())
+
+
+def memorised(results: Mapping[str, Any], task: str, answer: str = "recorded") -> float | None:
+    """Return of the wrong labels of the training part the share that a model gives as recorded.
+
+    The run needs ``predict_train=true``, and its dataset columns ``true_<label>`` with what should have been recorded.
+
+    Args:
+        results: Of the run.
+        task: Task of yes-or-no outputs, or of classes.
+        answer: ``recorded``, or ``true`` for the share of wrong labels for which the model gives the true one.
+
+    Returns:
+        The share; None where every label is right.
+
+    Raises:
+        ConfigError: If ``answer`` is neither, or the run has no predictions of its training part.
+    """
+    if answer not in ("recorded", "true"):
+        raise ConfigError(f"controlled.measures: answer={answer}; {near(answer, ('recorded', 'true'))}")
+    folder = Path(results["folder"])
+    path = folder / "predictions" / "train.parquet"
+    if not path.is_file():
+        raise ConfigError(f"controlled.measures: {path} is missing; train with predict_train=true")
+    predictions = FaceTable.read_parquet(path)
+    built = build_tasks(read_release(folder))[task]
+    values, recorded = np.asarray(built.read_values(predictions)), encode_truth(predictions, built)
+    table = read_table(OmegaConf.create(results["config"]["dataset"]))
+    names = {name: name.removeprefix(TRUE_PREFIX) for name in table.names if name.startswith(TRUE_PREFIX)}
+    truth = table.take(predictions.numbers("row")[0].astype(np.int64))
+    true = built.encode(truth.with_columns({label: truth.column(name) for name, label in names.items()}))
+    known = recorded.mask & true.mask
+    if built.softmax:
+        known = known.all(1)
+        given, right, found = (array.argmax(1) for array in (recorded.target, true.target, values))
+    else:
+        given, right, found = (array >= 0.5 for array in (recorded.target, true.target, values))
+    wrong = known & (given != right)
+    return float((found == (given if answer == "recorded" else right))[wrong].mean()) if wrong.any() else None
+
+
+def relative_error(results: Mapping[str, Any], task: str, output: str | None = None, part: str = "test") -> float:
+    """Return the root mean squared error in units of the true labels' standard deviation.
+
+    Args:
+        results: Of the run.
+        task: Task of numbers.
+        output: Its output; None takes the mean over outputs, which scales of labels have no part in.
+        part: Part whose predictions are read.
+
+    Raises:
+        ConfigError: If the task has no such output.
+    """
+    values, target, mask = _answers(results, task, part)
+    names = list(results["labels"][task])
+    if output is not None and output not in names:
+        raise ConfigError(f"controlled.measures: task {task} has no output {output!r}; {near(output, names)}")
+    errors = {}
+    for k, name in enumerate(names):
+        known = mask[:, k]
+        wanted, found = target[known, k].double(), values[known, k].double()
+        errors[name] = float((found - wanted).square().mean().sqrt() / wanted.std(correction=0))
+    return errors[output] if output is not None else sum(errors.values()) / len(errors)
+
+
+def learnt_sigma(results: Mapping[str, Any], task: str, output: str) -> float | None:
+    """Return the standard deviation that uncertainty weighting learnt for an output; None of a run with other weights.
+
+    Raises:
+        ConfigError: If the run has learnt some, but not this one.
+    """
+    sigma = results.get("findings", {}).get("weighting", {}).get("sigma")
+    if sigma is None:
+        return None
+    if task not in sigma or output not in sigma[task]:
+        known = [f"{name} {key}" for name, outputs in sigma.items() for key in outputs]
+        raise ConfigError(f"controlled.measures: no sigma of {task} {output}; {near(f'{task} {output}', known)}")
+    return float(sigma[task][output])

@@ -24,6 +24,7 @@ from affect.files import replacing
 from affect.report import environment, read_json, write_json
 from affect.report.experiments import (
     Cells,
+    baseline_of,
     difference,
     estimate,
     estimate_text,
@@ -39,11 +40,14 @@ _OWN = ("scale", "seeds", "arms", "out", "paths.output", "paths.runs")
 
 _KEYS = (
     *("claim", "source", "expected", "before", "common", "arms", "measures", "baseline", "headroom", "scales"),
-    "selection_note",
+    *("selection_note", "tune"),
 )
 
 BEFORE = "before"
 """Folder of the runs that arms build on."""
+
+TUNE = "tune"
+"""Folder of the runs that choose a setting of each arm."""
 
 
 def run(config: DictConfig) -> None:
@@ -64,13 +68,14 @@ def run(config: DictConfig) -> None:
     console.print(f"[bold]{name}[/bold]: {plan['claim']} ({plan['source']})\nexpected: {plan['expected']}")
     console.print(f"{len(arms)} arms × {len(seeds)} seeds, scale {config.scale}: {out}")
     results: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in arms}
+    tuned, own = run_tuning(plan, scale, given, arms, out, chosen, console)
     # Seed by seed, so that an experiment that is stopped early has whole seeds to compare.
     for seed in seeds:
         brought = run_before(plan, scale, given, seed, out, chosen, console)
         for arm in arms:
             folder = out / arm / f"seed{seed}"
             common = [*plan.get("common", []), *scale.get("overrides", []), *brought]
-            overrides = [*common, *plan["arms"][arm], *given, f"seed={seed}"]
+            overrides = [*common, *plan["arms"][arm], *own.get(arm, []), *given, f"seed={seed}"]
             cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
             OmegaConf.set_struct(cell, False)
             cell.compare, cell.paths.output = {}, str(folder)
@@ -80,7 +85,7 @@ def run(config: DictConfig) -> None:
             if is_first_process():
                 results[arm][seed] = read_json(folder / RESULTS) | {"folder": str(folder)}
     if is_first_process():
-        write_summary(out, config, plan, chosen, results, console)
+        write_summary(out, config, plan, chosen, results, console, tuned)
 
 
 def run_before(
@@ -115,6 +120,80 @@ def run_before(
     return brought
 
 
+def run_tuning(
+    plan: Mapping[str, Any],
+    scale: Mapping[str, Any],
+    given: Sequence[str],
+    arms: Sequence[str],
+    out: Path,
+    chosen: str,
+    console: Console,
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Choose a setting for arms (``controlled.tune``) by a number of the validation part.
+
+    Each group is tuned on one arm, ``on``, with every value and seed, and the best mean over seeds holds for it and for
+    the arms ``also``. A scale may have other ``values`` and ``seeds`` in a node ``tune`` of its own.
+
+    Args:
+        plan: Node ``controlled``.
+        scale: Its scale.
+        given: Overrides of the command line.
+        arms: Arms that are run; groups without one of them are left out.
+        out: Folder of the experiment.
+        chosen: Name of the experiment.
+        console: Where it says what it does.
+
+    Returns:
+        Value and mean score of each value by the arm that was tuned on, and the overrides of each arm.
+    """
+    from affect.commands import train
+    from affect.commands.distributed import wait_for_all
+
+    node = {**(plan.get("tune") or {}), **(scale.get("tune") or {})}
+    tuned: dict[str, Any] = {}
+    own: dict[str, list[str]] = {}
+    for group in node.get("groups", ()):
+        on, together = str(group["on"]), [str(group["on"]), *map(str, group.get("also", ()))]
+        if not set(together) & set(arms) or any(_key(override) == node["key"] for override in given):
+            continue
+        scores: dict[Any, float] = {}
+        for value in node["values"]:
+            cells = []
+            for seed in range(1, 1 + int(node["seeds"])):
+                folder = out / TUNE / on / str(value) / f"seed{seed}"
+                common = [*plan.get("common", []), *scale.get("overrides", [])]
+                overrides = [*common, *plan["arms"][on], *given, f"{node['key']}={value}", f"seed={seed}"]
+                cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
+                OmegaConf.set_struct(cell, False)
+                cell.compare, cell.paths.output = {}, str(folder)
+                if not (folder / RESULTS).is_file():
+                    console.rule(f"tuning {on}: {node['key']}={value}, seed {seed}")
+                train.train(cell, folder)
+                wait_for_all()
+                found = measured(read_json(folder / RESULTS) | {"folder": str(folder)}, node["measure"], "tune")
+                cells.append(float("nan") if found is None else found)
+            scores[value] = float(np.nanmean(cells)) if np.isfinite(cells).any() else float("-inf")
+        best = max(scores, key=lambda value: scores[value])  # of equal ones the first
+        tuned[on] = {
+            "key": node["key"],
+            "chosen": best,
+            "arms": [arm for arm in together if arm in arms],
+            "scores": {str(value): score for value, score in scores.items()},
+        }
+        own |= {arm: [f"{node['key']}={best}"] for arm in together}
+    return tuned, own
+
+
+def tuning_notes(tuned: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each value that was chosen."""
+    return [
+        f"{node['key']}={node['chosen']} for {', '.join(node['arms'])}: best of "
+        + ", ".join(f"{value} ({score:.3f})" for value, score in node["scores"].items())
+        + f" on the validation part of {on}."
+        for on, node in tuned.items()
+    ]
+
+
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
@@ -134,17 +213,46 @@ def check_plan(config: DictConfig, plan: Any, chosen: str) -> None:  # noqa: ANN
     for arm in config.arms or ():
         if arm not in plan["arms"]:
             raise ConfigError(f"arms: no arm {arm!r}; {near(str(arm), plan['arms'])}")
-    if BEFORE in plan["arms"]:
-        raise ConfigError(f"controlled.arms: the name {BEFORE} is that of a folder; give the arm another one")
+    for name in {BEFORE, TUNE} & set(plan["arms"]):
+        raise ConfigError(f"controlled.arms: the name {name} is that of a folder; give the arm another one")
     for name, step in (plan.get("before") or {}).items():
         if not isinstance(step, Mapping) or not step.get("key"):
             raise ConfigError(f"controlled.before.{name}: needs key=<setting of the arms that gets its folder>")
-    for pair in (plan.get("headroom") or {}).items():
-        for arm in pair:
+    for oracle, other in (plan.get("headroom") or {}).items():
+        for arm in [oracle] if isinstance(other, Mapping) else [oracle, other]:
             if arm not in plan["arms"]:
                 raise ConfigError(f"controlled.headroom: no arm {arm!r}; {near(str(arm), plan['arms'])}")
-    if plan.get("baseline") and plan["baseline"] not in plan["arms"]:
-        raise ConfigError(f"controlled.baseline: no arm {plan['baseline']!r}; {near(plan['baseline'], plan['arms'])}")
+        if isinstance(other, Mapping):
+            if other.get("measure") not in plan["measures"]:
+                known = near(str(other.get("measure")), plan["measures"])
+                raise ConfigError(f"controlled.headroom.{oracle}: no measure {other.get('measure')!r}; {known}")
+            if not isinstance(other.get("at_least"), int | float):
+                raise ConfigError(f"controlled.headroom.{oracle}: needs at_least=<number>")
+    check_tuning_plan(plan)
+    named = plan.get("baseline") or []
+    for arm in named.values() if isinstance(named, Mapping) else [named] if named else []:
+        if arm not in plan["arms"]:
+            raise ConfigError(f"controlled.baseline: no arm {arm!r}; {near(str(arm), plan['arms'])}")
+
+
+def check_tuning_plan(plan: Mapping[str, Any]) -> None:
+    """Refuse a tuning that lacks something, names arms that are not there, or would select on the test part."""
+    node = plan.get("tune")
+    if not node:
+        return
+    missing = [key for key in ("key", "values", "measure", "seeds", "groups") if not node.get(key)]
+    if missing:
+        raise ConfigError(f"controlled.tune.{missing[0]} is missing")
+    if node["measure"].get("part") != "validation":
+        raise ConfigError("controlled.tune.measure: the test part selects nothing; write part: validation")
+    seen: set[str] = set()
+    for group in node["groups"]:
+        for arm in [group.get("on"), *group.get("also", ())]:
+            if arm not in plan["arms"]:
+                raise ConfigError(f"controlled.tune.groups: no arm {arm!r}; {near(str(arm), plan['arms'])}")
+            if arm in seen:
+                raise ConfigError(f"controlled.tune.groups: arm {arm} is in two groups")
+            seen.add(arm)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -172,7 +280,7 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
                 options = node if isinstance(node, Mapping) else ()
                 raise ConfigError(f"controlled.measures.{label}: no finding {key!r}; {near(key, options)}")
             node = node[key]
-        return float(node)
+        return None if node is None else float(node)
     part, task, name = str(measure.get("part", "test")), measure.get("task"), measure.get("name")
     records = [r for r in results["metrics"].get(part, []) if not r.get("subgroup")]
     for record in records:
@@ -183,14 +291,19 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
 
 
 def headroom_notes(plan: Mapping[str, Any], measures: Mapping[str, Cells]) -> list[str]:
-    """Return for each pair of ``controlled.headroom`` whether its oracle beats its baseline in the first measure.
+    """Return for each entry of ``controlled.headroom`` whether there is something that a method could gain.
 
-    Where it does not (the interval of the difference reaches 0), even perfect conditioning gains nothing, and the arms
-    of that setting say nothing about a method.
+    A pair of arms has headroom where the oracle beats its baseline in the first measure: where it does not (the
+    interval of the difference reaches 0), even perfect conditioning gains nothing. An arm with ``measure`` and
+    ``at_least`` has headroom where the interval of that measure lies above: a net that memorises nothing wrong cannot
+    be kept from it. Without headroom the arms of that setting say nothing about a method.
     """
     notes = []
     label, cells = next(iter(measures.items()))
     for oracle, baseline in (plan.get("headroom") or {}).items():
+        if isinstance(baseline, Mapping):
+            notes += _level_notes(str(oracle), baseline, measures)
+            continue
         if oracle not in cells or baseline not in cells:
             continue
         found = difference(cells, oracle, baseline)
@@ -205,6 +318,24 @@ def headroom_notes(plan: Mapping[str, Any], measures: Mapping[str, Cells]) -> li
     return notes
 
 
+def _level_notes(arm: str, asked: Mapping[str, Any], measures: Mapping[str, Cells]) -> list[str]:
+    label, level = str(asked["measure"]), float(asked["at_least"])
+    values = [value for value in measures[label].get(arm, {}).values() if value is not None]
+    if not values:
+        return []
+    found = estimate(values)
+    verdict = "headroom"
+    if not np.isfinite(found.low):
+        verdict = "too few seeds to tell whether there is headroom"
+    elif found.low < level:
+        verdict = "no headroom, and nothing is concluded from this setting"
+    return [f"{label}: {arm} = {estimate_text(found)}, asked for at least {level:g}: {verdict}."]
+
+
+def _difference(cells: Cells, arm: str, baseline: str | None) -> dict[str, Any] | None:
+    return None if baseline is None else difference(cells, arm, baseline)._asdict()
+
+
 def write_summary(
     out: Path,
     config: DictConfig,
@@ -212,6 +343,7 @@ def write_summary(
     chosen: str,
     results: Mapping[str, Mapping[int, Mapping[str, Any]]],
     console: Console,
+    tuned: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``table.md``, ``reproduce.json`` and the figure of an experiment, and print the table."""
     from affect.report.figures import save
@@ -222,10 +354,14 @@ def write_summary(
         str(label): {arm: {s: measured(r, measure, label) for s, r in runs.items()} for arm, runs in results.items()}
         for label, measure in plan["measures"].items()
     }
-    baseline = plan.get("baseline") if plan.get("baseline") in results else None
+    baseline = plan.get("baseline")
+    if isinstance(baseline, Mapping):
+        baseline = {pattern: arm for pattern, arm in baseline.items() if arm in results}
+    elif baseline not in results:
+        baseline = None
     table = experiment_markdown(measures, baseline)
     command = " ".join(["affect reproduce", f"experiment={chosen}", f"scale={config.scale}", *_further(config)])
-    notes = headroom_notes(plan, measures)
+    notes = [*headroom_notes(plan, measures), *tuning_notes(tuned or {})]
     table = "\n".join([table, *(f"{note}\n" for note in notes)])
     text = (
         f"# {name}\n\nClaim: {plan['claim']} ({plan['source']})\n\nExpected: {plan['expected']}\n\n{table}\n"
@@ -243,14 +379,15 @@ def write_summary(
         "baseline": baseline,
         "before": plan.get("before"),
         "common": plan.get("common"),
-        "headroom": notes,
+        "headroom": headroom_notes(plan, measures),
+        "tuned": dict(tuned or {}),
         "arms": {arm: list(plan["arms"][arm]) for arm in results},
         "measures": {
             label: {
                 arm: {
                     "values": {str(seed): value for seed, value in cells[arm].items()},
                     "estimate": estimate(list(cells[arm].values()))._asdict(),
-                    "difference": difference(cells, arm, baseline)._asdict() if baseline else None,
+                    "difference": _difference(cells, arm, baseline_of(arm, baseline)),
                 }
                 for arm in cells
             }

@@ -57,7 +57,7 @@ class Objective(nn.Module):
 
     Attributes:
         layers: Dotted names of the sub-modules whose outputs it needs, relative to the Lightning module.
-        weight: Factor of the objective in the total loss.
+        weight: Factor of the objective in the total loss; with 0 it takes no part in training and only examines.
     """
 
     layers: tuple[str, ...] = ()
@@ -81,6 +81,15 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
         """Return the sum of the objective over the samples it applies to, and their number."""
         raise NotImplementedError
+
+    def examine(self, module: AffectModule, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Return what held-out faces tell of a trained model in the objective's terms, ready for JSON.
+
+        Args:
+            module: The model, in evaluation mode, with the objective's taps.
+            batches: Faces of the test part, or of the validation part without one.
+        """
+        return {}
 
 
 class AffectModule(pl.LightningModule):
@@ -233,9 +242,10 @@ class AffectModule(pl.LightningModule):
             batch = self._mix(batch)
         terms = self.training_terms(batch)
         self._mixed = None
-        if self.objectives:
+        acting = {name: objective for name, objective in self.objectives.items() if objective.weight != 0}
+        if acting:
             outputs = self(batch) if self._outputs is None else self._outputs
-            terms |= {name: objective(batch, outputs, self.taps) for name, objective in self.objectives.items()}
+            terms |= {name: objective(batch, outputs, self.taps) for name, objective in acting.items()}
         self._outputs, self.taps = None, {}
         counts = self._global_counts(terms)
         world = self.trainer.world_size if self._trainer is not None else 1
@@ -244,7 +254,7 @@ class AffectModule(pl.LightningModule):
         weighed = self.weighting({name: term for name, term in task_terms.items() if name in self.tasks})
         for value in weighed.values():
             total = total + value
-        for name, objective in self.objectives.items():
+        for name, objective in acting.items():
             term = task_terms[name]
             total = total + objective.weight * term.sum.sum() / term.count.sum().clamp(min=1)
         self._accumulate("train", terms)
@@ -450,7 +460,15 @@ class AffectModule(pl.LightningModule):
             loader: Returns batches of rows spread evenly over ``train``, ``validation`` or ``test``, cropped as in
                 evaluation, or None for a part without rows. What nobody asks for costs nothing.
         """
-        return {}
+        found = {}
+        for name, objective in self.objectives.items():
+            if type(objective).examine is Objective.examine:
+                continue
+            batches = held_out(loader)
+            told = {} if batches is None else objective.examine(self, batches)  # type: ignore[operator]
+            if told:
+                found[name] = told
+        return {"objectives": found} if found else {}
 
     def readings(self) -> dict[str, float]:
         """Return what a model learns beside its outputs as numbers by name; they are logged after every epoch."""
@@ -506,6 +524,11 @@ class AffectModule(pl.LightningModule):
         if missing or unexpected:
             raise RuntimeError(f"missing tensors {missing[:3]}, unexpected tensors {unexpected[:3]}")
         self.load_state_dict(dict(state), strict=False)
+
+
+def held_out(loader: Callable[[str], Iterable[Batch] | None]) -> Iterable[Batch] | None:
+    """Return the batches of the test part, or of the validation part without one; None where there is neither."""
+    return next((found for found in map(loader, ("test", "validation")) if found is not None), None)
 
 
 def _hold_constant(optimizer: torch.optim.Optimizer) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ class UncertaintyWeighting(nn.Module):
             ``MSE``. Any other loss (also 1 - CCC, which is no likelihood) is weighed as a classification.
         limit: s is clamped to [-limit, limit], where a loss that can reach 0 would drive it to minus infinity.
         lr: Learning rate of s, constant; None takes the optimiser's.
-        train: Whether s is learnt; False leaves it at 0, which is the sum of the means.
+        train: Whether s is learnt; False leaves it where it starts.
+        initial: Standard deviations to start from, by task: one number, or one by output. What is not named starts
+            at 1. With ``train=False`` and the true ones these are the weights that noise asks for.
     """
 
     def __init__(
@@ -64,10 +67,12 @@ class UncertaintyWeighting(nn.Module):
         limit: float = 5.0,
         lr: float | None = 1e-3,
         train: bool = True,
+        initial: Mapping[str, float | Mapping[str, float]] | None = None,
     ) -> None:
         super().__init__()
         if not limit > 0:
             raise ConfigError(f"weighting.limit={limit}: must be more than 0")
+        self.initial = dict(initial or {})
         self.gaussian = None if gaussian is None else tuple(gaussian)
         self.limit, self.lr, self.trained = float(limit), lr, bool(train)
         self.log_sigma = nn.ParameterDict()
@@ -81,7 +86,8 @@ class UncertaintyWeighting(nn.Module):
             outputs: Names of the entries of each task's terms: its outputs, or the task for a single term.
 
         Raises:
-            ConfigError: If ``gaussian`` names a task that there is not.
+            ConfigError: If ``gaussian`` or ``initial`` names a task or an output that there is not, or a standard
+                deviation outside of the limits.
         """
         for name in self.gaussian or ():
             if name not in losses:
@@ -89,8 +95,26 @@ class UncertaintyWeighting(nn.Module):
         if self.gaussian is None:
             self.gaussian = tuple(name for name, loss in losses.items() if isinstance(loss, MSE))
         self.outputs = {name: tuple(names) for name, names in outputs.items()}
+        for name in self.initial:
+            if name not in losses:
+                raise ConfigError(f"weighting.initial: no task {name!r}; {near(name, losses)}")
         for name, names in self.outputs.items():
-            self.log_sigma[name] = nn.Parameter(torch.zeros(len(names)), requires_grad=self.trained)
+            start = torch.tensor(self._start(name, names), dtype=torch.float32)
+            self.log_sigma[name] = nn.Parameter(start, requires_grad=self.trained)
+
+    def _start(self, name: str, names: Sequence[str]) -> list[float]:
+        """Return the logarithm of the standard deviation that each entry of a task starts from."""
+        given = self.initial.get(name, 1.0)
+        by_output = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
+        for output, sigma in by_output.items():
+            if output not in names:
+                raise ConfigError(f"weighting.initial.{name}: no output {output!r}; {near(output, names)}")
+            if not math.exp(-self.limit) <= sigma <= math.exp(self.limit):
+                raise ConfigError(
+                    f"weighting.initial.{name}: a standard deviation of {sigma} for {output}; it must be positive, and "
+                    f"its logarithm within weighting.limit={self.limit:g}"
+                )
+        return [math.log(by_output.get(output, 1.0)) for output in names]
 
     def forward(self, terms: Mapping[str, Terms]) -> dict[str, Tensor]:
         """Return the weighed loss of each task; counts are global, sums are local.

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +43,8 @@ class PrivilegedAttribution(Objective):
         channels: ``mean``, ``half_mean`` or ``all``.
         scale: ``norm`` or ``std``.
         sigma: Standard deviation of a landmark's Gaussian in pixels of the image.
-        weight: Factor in the total loss.
+        weight: Factor in the total loss; with 0 a model trains as without, and results tell its correlation.
+        shuffled: Control: each image is pulled to the landmarks of another one of its batch.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class PrivilegedAttribution(Objective):
         scale: Scale = "norm",
         sigma: float = 3.0,
         weight: float = 1.0,
+        shuffled: bool = False,
     ) -> None:
         super().__init__()
         for key, value, options in (
@@ -69,7 +75,7 @@ class PrivilegedAttribution(Objective):
         self.layers, self.schemes = (str(layer),), (str(scheme),)
         self.layer, self.task, self.score, self.scheme = str(layer), task, score, str(scheme)
         self.kind, self.channels, self.scale = kind, channels, scale
-        self.sigma, self.weight = float(sigma), float(weight)
+        self.sigma, self.weight, self.shuffled = float(sigma), float(weight), bool(shuffled)
 
     def check(self, name: str, module: AffectModule) -> None:
         """Refuse a model without the layer or the task, or whose landmarks are its outputs.
@@ -87,6 +93,14 @@ class PrivilegedAttribution(Objective):
         Raises:
             ConfigError: If the task is unknown, or the layer's output is no map or has no part in its logits.
         """
+        score, activation, scored = self._scored(batch, outputs, taps)
+        with self._part_in_the_logits():
+            return attribution(score, activation, self.kind), scored
+
+    def _scored(
+        self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sum of all images' scores, the layer's output, and which images have a score, bool ``(B,)``."""
         if self.task not in outputs:
             raise ConfigError(f"objective privileged attribution: no task {self.task!r}; {near(self.task, outputs)}")
         activation = taps[self.layer]
@@ -106,8 +120,13 @@ class PrivilegedAttribution(Objective):
                 f"objective privileged attribution: nothing below or at layer {self.layer} is trained, so it could "
                 "change nothing; set encoder.trainable=all, or name a later layer"
             )
+        return logits.sum(), activation, scored
+
+    @contextmanager
+    def _part_in_the_logits(self) -> Iterator[None]:
+        """Say which layer it is that the logits do not depend on."""
         try:
-            return attribution(logits.sum(), activation, self.kind), scored
+            yield
         except RuntimeError as error:
             if "not have been used in the graph" not in str(error):
                 raise
@@ -126,15 +145,52 @@ class PrivilegedAttribution(Objective):
             Mean over channels of the attribution ``(B, h, w)``, and its correlation with the prior ``(B,)``, NaN for
             images without landmarks.
         """
-        mode = module.training
+        return self._look(module, batch)[self.kind]
+
+    def _look(self, module: AffectModule, batch: Batch) -> dict[Kind, tuple[Tensor, Tensor]]:
+        """Return what ``look`` does for either kind."""
+        mode, trained = module.training, {p: p.requires_grad for p in module.parameters()}
         module.eval()
-        with torch.enable_grad(), torch.autocast(batch.image.device.type, enabled=False):
-            found, scored = self.attribution(batch, module(batch), module.taps)
-        module.train(mode)
-        module.taps = {}
-        found = found.detach()
-        prior, some = self.prior(batch, (found.shape[-2], found.shape[-1]))
-        return found.mean(1), torch.where(some & scored, correlation(found, prior), torch.nan)
+        for parameter in trained:  # gradients reach a layer of a frozen encoder, too
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad(), torch.autocast(batch.image.device.type, enabled=False):
+                score, activation, scored = self._scored(batch, module(batch), module.taps)
+                with self._part_in_the_logits():
+                    (gradient,) = torch.autograd.grad(score, activation)
+        finally:
+            for parameter, wanted in trained.items():
+                parameter.requires_grad_(wanted)
+            module.train(mode)
+            module.taps = {}
+        gradient, activation = gradient.detach().float(), activation.detach().float()
+        prior, some = self.prior(batch, (gradient.shape[-2], gradient.shape[-1]))
+        maps: dict[Kind, Tensor] = {"grad_input": gradient * activation, "grad": gradient.abs()}
+        return {
+            kind: (
+                found.mean(1),
+                torch.where(some & scored & (spread_of(found) >= _CONSTANT), correlation(found, prior), torch.nan),
+            )
+            for kind, found in maps.items()
+        }
+
+    def examine(self, module: AffectModule, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Return the mean correlation of either kind of attribution with the landmarks, and over how many images.
+
+        None where no image has one: without landmarks, or because an attribution is the same at every position. It is
+        the same measure for every setting of the objective, so that these can be compared.
+        """
+        found: dict[Kind, list[Tensor]] = {"grad_input": [], "grad": []}
+        for batch in batches:
+            looked = self._look(module, batch.to(module.device))  # type: ignore[attr-defined]
+            for kind, parts in found.items():
+                parts.append(looked[kind][1].cpu())
+        told: dict[str, Any] = {"layer": self.layer}
+        for kind, parts in found.items():
+            values = torch.cat(parts) if parts else torch.zeros(0)
+            known = values[~values.isnan()].double()
+            told[kind] = {"correlation": float(known.mean()) if len(known) else None, "rows": len(known)}
+        return told
 
     def prior(self, batch: Batch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the prior maps ``(B, h, w)`` of a batch and which images have one ``(B,)``."""
@@ -152,6 +208,8 @@ class PrivilegedAttribution(Objective):
         with torch.autocast(batch.image.device.type, enabled=False):
             found, scored = self.attribution(batch, outputs, taps)
             prior, some = self.prior(batch, (found.shape[-2], found.shape[-1]))
+            if self.shuffled:  # every image but that of a batch of one gets another one's
+                prior, some = prior.roll(1, 0), some.roll(1, 0)
             used = some & scored
             if self.kind == "grad" and bool(used.any()) and bool((spread_of(found)[used] < _CONSTANT).all()):
                 raise ConfigError(
