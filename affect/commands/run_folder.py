@@ -30,7 +30,7 @@ SELECTION = "selection"
 
 WITHOUT_EFFECT = (
     *("paths", "logger", "force", "compare", "controlled", "reference", "trust", "group_by", "bootstrap", "hydra"),
-    *("figures", "data.num_workers", "data.prefetch_factor", "data.pin_memory"),
+    *("figures", "predict_train", "data.num_workers", "data.prefetch_factor", "data.pin_memory"),
     *("callbacks.progress", "callbacks.last", "callbacks.preemption", "callbacks.learning_rate", "callbacks.*.folder"),
     *("dataset.cache", "dataset.images.cache", "dataset.sources.*.cache", "dataset.sources.*.images.cache"),
     *("dataset.expected", "dataset.sources.*.expected", "accept"),

@@ -527,7 +527,10 @@ def finish(
     headline: Mapping[str, Sequence[tuple[str, str]]],
     people: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Predict validation and test part, evaluate the tables, write predictions and the release, return results."""
+    """Predict validation and test part, evaluate the tables, write predictions and the release, return results.
+
+    The training part is predicted too where ``predict_train`` asks for it.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     metrics: dict[str, list[dict[str, Any]]] = {}
     sums: list[dict[str, Any]] = []
@@ -538,7 +541,7 @@ def finish(
         # All training groups train the refit, so the run that chose the epochs tuned them.
         thresholds = {**selection["chosen_by"]["thresholds"], "note": "by the run that chose the epochs"}
         decisions.apply(module.tasks, thresholds["values"])
-    for part in (VALIDATION, TEST):
+    for part in (VALIDATION, TEST, *([TRAIN] if config.get("predict_train") else [])):
         if not datamodule.rows(part) or (part == VALIDATION and config.selection == "best_on_test"):
             continue
         loader = datamodule.part_dataloader(part)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from affect.errors import DataError
 
 Cells = Mapping[str, Mapping[int, float | None]]
 """Value by arm and seed; None or NaN where a run gave none."""
+
+Baseline = str | Mapping[str, str] | None
+"""The arm that all others are compared with, or arms by patterns of the others' names; None compares nothing."""
 
 
 class Estimate(NamedTuple):
@@ -70,6 +74,18 @@ def difference(cells: Cells, arm: str, baseline: str, level: float = 0.95) -> Es
     return estimate([a - b for a, b in pairs if a is not None and b is not None], level)
 
 
+def baseline_of(arm: str, baseline: Baseline) -> str | None:
+    """Return the arm that an arm is compared with: the baseline, or that of the first pattern that its name matches.
+
+    Example:
+        >>> baseline_of("binary_40", {"*_0": "float_0", "*_40": "float_40"})
+        'float_40'
+    """
+    if baseline is None or isinstance(baseline, str):
+        return baseline
+    return next((other for pattern, other in baseline.items() if fnmatch.fnmatchcase(arm, pattern)), None)
+
+
 def number(value: float, digits: int = 3) -> str:
     """Return a number as tables show it; a dash where there is none."""
     return "–" if not np.isfinite(value) else f"{value:.{digits}f}"
@@ -84,13 +100,13 @@ def estimate_text(found: Estimate, digits: int = 3, signed: bool = False) -> str
 
 
 def experiment_tables(
-    measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95, digits: int = 3
+    measures: Mapping[str, Cells], baseline: Baseline = None, level: float = 0.95, digits: int = 3
 ) -> list[Table]:
     """Return a table per measure, narrow enough for a terminal of 80 columns: a row per arm, mean and difference.
 
     Args:
         measures: Cells by measure; every measure has the same arms.
-        baseline: Arm that others are compared with; None compares nothing.
+        baseline: Arm that others are compared with, or arms by patterns of the others' names; None compares nothing.
         level: Level of the intervals.
         digits: Decimals.
     """
@@ -113,46 +129,53 @@ def experiment_tables(
             found = estimate(list(values.values()), level)
             row = [Text(arm), Text(estimate_text(found, digits))]
             if baseline:
-                other = difference(cells, arm, baseline, level)
-                row.append(Text("baseline" if arm == baseline else estimate_text(other, digits, signed=True)))
+                other = baseline_of(arm, baseline)
+                compared = None if other is None else difference(cells, arm, other, level)
+                text = "–" if compared is None else estimate_text(compared, digits, signed=True)
+                row.append(Text("baseline" if arm == other else text))
             table.add_row(*row, Text(str(found.runs)))
         table.min_width = min(len(name) + 1, 78)  # rich would break a title to a narrow table
         tables.append(table)
     return tables
 
 
-def experiment_note(measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95) -> str:
+def experiment_note(measures: Mapping[str, Cells], baseline: Baseline = None, level: float = 0.95) -> str:
     """Return the sentence that says what means, intervals and differences of an experiment are."""
     seeds = {seed for cells in measures.values() for arm in cells.values() for seed in arm}
     plural = "" if len(seeds) == 1 else "s"
     return f"Mean over {len(seeds)} seed{plural} [{level:.0%} interval by Student's t over seeds]" + (
-        f"; differences from {baseline} are taken seed by seed." if baseline else "."
+        f"; differences from {_named(baseline)} are taken seed by seed." if baseline else "."
     )
 
 
+def _named(baseline: Baseline) -> str:
+    return str(baseline) if not isinstance(baseline, Mapping) else ", ".join(dict.fromkeys(baseline.values()))
+
+
 def experiment_markdown(
-    measures: Mapping[str, Cells], baseline: str | None = None, level: float = 0.95, digits: int = 3
+    measures: Mapping[str, Cells], baseline: Baseline = None, level: float = 0.95, digits: int = 3
 ) -> str:
     """Return a Markdown table: a row per arm, a column per measure, and differences from the baseline beside them.
 
     Args:
         measures: Cells by measure; every measure has the same arms.
-        baseline: Arm that others are compared with; None compares nothing.
+        baseline: Arm that others are compared with, or arms by patterns of the others' names; None compares nothing.
         level: Level of the intervals.
         digits: Decimals.
     """
     arms = list(next(iter(measures.values())))
     heads = ["arm"]
     for name in measures:
-        heads += [name] + ([f"{name} − {baseline}"] if baseline else [])
+        heads += [name] + ([f"{name} − {baseline if isinstance(baseline, str) else 'baseline'}"] if baseline else [])
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for arm in arms:
         row = [arm]
         for cells in measures.values():
             row.append(estimate_text(estimate(list(cells[arm].values()), level), digits))
             if baseline:
-                other = difference(cells, arm, baseline, level)
-                row.append("" if arm == baseline else estimate_text(other, digits, signed=True))
+                other = baseline_of(arm, baseline)
+                compared = None if other in (None, arm) else difference(cells, arm, str(other), level)
+                row.append("" if compared is None else estimate_text(compared, digits, signed=True))
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", experiment_note(measures, baseline, level)]
     return "\n".join(lines) + "\n"
