@@ -28,6 +28,7 @@ from affect.errors import ConfigError, DataError
 from affect.export import Difference
 from affect.geometry import CropRecipe, FaceApiFinder
 from affect.models.base import AffectModule
+from affect.quantization import finished
 from affect.release import Release, build_model, build_tasks, read_release
 from affect.tasks import Task
 
@@ -59,7 +60,7 @@ def run(config: DictConfig) -> None:
     texts = describe(release, form)
     note = f"{texts['labels']} of RGB uint8 faces, {size} px; affect export format={form}"
     # Quantization that a training learnt becomes part of the graph; the model itself is compared, as it was trained.
-    ready = module
+    ready = finished(module)
     if form == export.TORCH:
         content = export.torch_bytes(ready, size, texts)
         found = export.torch_values(content, tasks, image)

@@ -8,8 +8,8 @@
 ``input``               ``name``, ``size``, ``layout`` (NCHW, NHWC), ``colour`` (RGB, BGR, GREY), ``range`` (the number
                         that 255 becomes), then ``mean`` and ``std`` per channel
 ``crop``                how photographs are cropped (``affect.geometry.CropRecipe``); null for images that are crops
-``outputs``             by task: ``kind``, ``name`` of the graph's output, ``columns`` (first, behind the last),
-                        ``labels`` in their order there, ``values`` (logits, probabilities, numbers)
+``outputs``             by task: ``kind``, ``name`` or number of the graph's output, ``columns`` (first, one behind the
+                        last), ``labels`` in their order there, ``values`` (logits, probabilities, numbers)
 ======================  ===============================================================================================
 
 It is read as plain values: no class, no interpolation, no path and no address can stand in it.
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from affect import labels
-from affect.errors import CheckpointError, near
+from affect.errors import CheckpointError, ConfigError, near
+from affect.geometry import CropRecipe
 from affect.release import check_config, read_plain, require_plain_name
 
 LAYOUTS = ("NCHW", "NHWC")
@@ -137,14 +138,14 @@ class Output:
     Attributes:
         kind: Key of ``KINDS``.
         labels: Names of the columns in their order.
-        name: Name of the graph's output; None takes its only one.
+        name: Name of the graph's output, or its number from 0; None takes the only one.
         columns: First column and the one behind the last; None takes all.
         values: What the columns hold.
     """
 
     kind: str
     labels: tuple[str, ...]
-    name: str | None = None
+    name: str | int | None = None
     columns: tuple[int, int] | None = None
     values: str = "logits"
 
@@ -261,6 +262,10 @@ def parse_adapter(node: Any, where: str) -> Adapter:  # noqa: ANN401
     made = _input(given, where)
     if crop is not None:
         crop = {"name": top["name"], **crop, "size": made.size}
+        try:
+            CropRecipe.read(crop)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: crop: {error}") from error
     return Adapter(
         top["name"],
         made,
@@ -343,8 +348,9 @@ def _output(task: str, node: Any, where: str) -> Output:  # noqa: ANN401
         raise CheckpointError(f"{where}: {place}.values={values!r}: {kind} is values=numbers")
     if kind in ("expression", "au") and values == "numbers":
         raise CheckpointError(f"{where}: {place}.values=numbers: {kind} is values=logits or probabilities")
-    if found.get("name") is not None and not isinstance(found["name"], str):
-        raise CheckpointError(f"{where}: {place}.name={found['name']!r} must be a name")
+    which = found.get("name")
+    if which is not None and (isinstance(which, bool) or not isinstance(which, str | int)):
+        raise CheckpointError(f"{where}: {place}.name={which!r} must be a name, or the number of an output from 0")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}: {place}.labels must list the names of the columns in their order")
     listed = tuple(_label(kind, name, f"{where}: {place}.labels") for name in names)
@@ -360,7 +366,7 @@ def _output(task: str, node: Any, where: str) -> Output:  # noqa: ANN401
         if not 0 <= columns[0] < columns[1] or columns[1] - columns[0] != len(listed):
             raise CheckpointError(f"{where}: {place}.columns={columns}: {len(listed)} labels need as many columns")
         columns = (columns[0], columns[1])
-    return Output(kind, listed, found.get("name"), columns, values)
+    return Output(kind, listed, which, columns, values)
 
 
 def _label(kind: str, name: str, place: str) -> str:

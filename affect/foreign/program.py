@@ -333,15 +333,17 @@ class ProgramModule:
         given = [output.name for output in self.session.get_outputs()]
         names = {}
         for task in self.tasks:
-            wanted = task if self.adapter is None else self.adapter.outputs[task].name
+            wanted: str | int | None = task if self.adapter is None else self.adapter.outputs[task].name
             if wanted is None and len(given) == 1:
-                wanted = given[0]
+                wanted = 0
+            if isinstance(wanted, int) and 0 <= wanted < len(given):
+                wanted = given[wanted]
             if wanted is None:
                 raise CheckpointError(
                     f"{self.where}: the file has {len(given)} outputs ({', '.join(given[:6])}); say in the adapter "
                     f"which one is {task}: outputs.{task}.name"
                 )
-            if wanted not in given:
+            if not isinstance(wanted, str) or wanted not in given:
                 raise CheckpointError(
                     f"{self.where}: no output {wanted!r} for {task}; there are {', '.join(given[:8])}"
                 )
