@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from affect.encoders import PlainConvolutions, TimmEncoder, read_state_dict
+from affect.encoders import Pixels, PlainConvolutions, TimmEncoder, read_state_dict
 from affect.errors import CheckpointError, ConfigError
 
 IMAGE = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -169,6 +169,24 @@ def test_plain_convolutions_pool_where_asked_and_flatten() -> None:
     flat.load_state_dict(grid.state_dict())
     torch.testing.assert_close(flat(image), grid(image).flatten(1))
     assert flat.num_features == 5 * 6 * 6
+
+
+def test_pixels_are_the_normalised_image_or_its_luma() -> None:
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    mean, std = [0.5, 0.4, 0.3], [0.25, 0.2, 0.1]
+    expected = (image.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(Pixels(4, mean=mean, std=std)(image).double(), expected, atol=1e-5, rtol=0)
+    grey = Pixels(4, grey=True)
+    expected = (image.double() / 255 - 0.5) / 0.25
+    luma = (expected * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    torch.testing.assert_close(grey(image).double(), luma, atol=1e-5, rtol=0)
+    assert (Pixels(4).num_features, grey.num_features) == (3, 1)
+    assert not list(grey.parameters())
+    assert grey.layer_index() == {}
+    with pytest.raises(ConfigError, match="has no pretrained weights"):
+        Pixels(4, weights="packaged")
+    with pytest.raises(ConfigError, match="three positive deviations"):
+        Pixels(4, std=[0.25, 0.0, 0.25])
 
 
 def test_plain_convolutions_normalise():

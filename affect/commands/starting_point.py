@@ -41,7 +41,7 @@ def apply_starting_point(
     source = build_model(release, build_tasks(release))
     outputs = transfer_heads(source, release, module)
     tensors = transfer_tensors(source, module)
-    encoders = [name for name, _ in module.encoder_modules()]
+    encoders = [name for name, encoder in module.encoder_modules() if any(True for _ in encoder.parameters())]
     if encoders and not any(key.startswith(tuple(f"{name}." for name in encoders)) for key in tensors["taken"]):
         keys = encoder_keys(release)
         hint = f" ({keys})" if keys else ""
