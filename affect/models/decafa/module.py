@@ -174,18 +174,15 @@ class Decafa(AffectModule):
             with torch.no_grad():
                 for name, found in self._stage_sums(moved).items():
                     sums[name] = found if name not in sums else sums[name].plus(found)
-        found = {}
+        told_of: dict[str, dict[str, Any]] = {}
         for name, each in sums.items():
             if not each.points:
                 continue
             metric = alignment_metric(self.tasks[name])
             scores = [] if metric is None else [metric.scores(statistics) for statistics in each.statistics]
-            found[name] = {
-                number: [float(stage[number]) for stage in scores] for number in (scores[0] if scores else ())
-            }
-            found[name]["spread"] = (each.spread / each.points).tolist()
-            found[name]["points"] = each.points
-        return told | ({"stages": found} if found else {})
+            numbers = {key: [float(stage[key]) for stage in scores] for key in (scores[0] if scores else ())}
+            told_of[name] = numbers | {"spread": (each.spread / each.points).tolist(), "points": each.points}
+        return told | ({"stages": told_of} if told_of else {})
 
     def _stage_sums(self, batch: Batch) -> dict[str, _Sums]:
         """Return the statistics of every stage on one batch, by task."""
