@@ -423,6 +423,8 @@ def check_config(
 
 
 def _check_target(target: Any, trust: Sequence[str], place: str, dataset: bool) -> None:  # noqa: ANN401
+    if isinstance(target, str) and "${" in target:
+        raise CheckpointError(f"{place}={target!r}: interpolation is not allowed in a checkpoint's config")
     if not isinstance(target, str) or "." not in target:
         raise CheckpointError(f"{place}={target!r} names no class")
     module, _, name = target.rpartition(".")
