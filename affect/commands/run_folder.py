@@ -18,11 +18,11 @@ from yaml import YAMLError
 
 from affect import files
 from affect.commands.configuration import sweep_job
+from affect.commands.starting_point import EARLIER, earlier_weights, weights_file
 from affect.data.images import Source
 from affect.data.protocol import part_name
 from affect.errors import ConfigError
 from affect.files import replacing
-from affect.release import MODEL, read_release
 
 RESULTS, CONFIG, CONTENTS, LOCK = "results.json", "config.yaml", "data.json", "run.lock"
 SELECTION = "selection"
@@ -182,13 +182,16 @@ def _holds_run(folder: Path) -> bool:
     return isinstance(held, DictConfig) and {"task", "model", "trainer", "seed"} <= set(held)
 
 
-def contents(sources: Sequence[Source], init: str | None, trust: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Return what a run was made of beyond its config: fingerprints of its tables and of the weights it starts from."""
-    tables = {source.name: source.table.fingerprint for source in sources}
-    if init is None:
-        return {"table": tables, "init": {}}
-    model = read_release(Path(init), list(trust)).folder / MODEL
-    return {"table": tables, "init": {init: hashlib.sha256(model.read_bytes()).hexdigest()[:16]}}
+def contents(sources: Sequence[Source], config: DictConfig) -> dict[str, dict[str, str]]:
+    """Return what a run was made of beyond its config: fingerprints of its tables and of the weights that it names.
+
+    Weights are those that it starts from (``init``) and those of an earlier stage (``model.exogenous.weights``).
+    """
+    found = {"table": {source.name: source.table.fingerprint for source in sources}, **{key: {} for key in EARLIER}}
+    for key, given in earlier_weights(config).items():
+        with weights_file(key, given, list(config.trust)).open("rb") as file:
+            found[key] = {str(given): hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+    return found
 
 
 def same_run(folder: Path, config: DictConfig, made_of: Mapping[str, Mapping[str, str]]) -> None:

@@ -1,22 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``init=<run | release>``: start from trained weights, head outputs matched by the name of their label."""
+"""``init=<run | release>``: start from trained weights, head outputs matched by the name of their label.
+
+Also which weights a run is made of at all, by the keys that name them: who trained those has a part in its leaks, and
+their content in what the run is.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
 from affect.errors import CheckpointError
 from affect.geometry import CropRecipe
 from affect.models.base import AffectModule
+from affect.models.thin.network import find_tensors
 from affect.quantization import latent_state
-from affect.release import MODEL, Release, build_model, build_tasks, read_release
+from affect.release import LABELS, MODEL, Release, build_model, build_tasks, read_release
+
+EARLIER = ("init", "model.exogenous.weights")
+"""Keys that name a run, a release or a file of weights that faces have trained before."""
+
+
+def earlier_weights(config: DictConfig) -> dict[str, Path]:
+    """Return the run, release or file that each key of ``EARLIER`` names; keys without one are left out."""
+    found = {key: OmegaConf.select(config, key) for key in EARLIER}
+    return {key: Path(str(value)).expanduser() for key, value in found.items() if value}
+
+
+def weights_file(key: str, given: Path, trust: Sequence[str] = ()) -> Path:
+    """Return the file that holds the tensors of a run, of a release, or the file itself.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    if key == "init":
+        return read_release(given, list(trust), key).folder / MODEL
+    return find_tensors(given, f"{key}={given}")
+
+
+def people_before(config: DictConfig) -> dict[str, dict[str, list[str]]]:
+    """Return by key of ``EARLIER`` who trained or selected the weights that it names, and what these started from.
+
+    Of a file by itself nobody knows; of one in the folder of a run or a release they do.
+
+    Raises:
+        CheckpointError: If a run or release cannot be read.
+    """
+    trust, found = list(config.trust), {}
+    for key, given in earlier_weights(config).items():
+        folder = weights_file(key, given, trust).parent
+        if any((place / LABELS).is_file() for place in (folder, folder / "release")):
+            found[key] = read_release(folder, trust, key).people
+    return found
 
 
 def apply_starting_point(

@@ -49,7 +49,7 @@ from affect.commands.run_folder import (
     same_run,
     store,
 )
-from affect.commands.starting_point import apply_starting_point
+from affect.commands.starting_point import apply_starting_point, people_before
 from affect.data.datamodule import FaceDataModule
 from affect.data.dataset import read_points
 from affect.data.images import Source
@@ -98,7 +98,7 @@ def train(config: DictConfig, output: Path) -> float | None:
     with locked(output):
         sources = assembly.build_sources(config, assembly.make(config.prepare, "prepare"))
         sources = verified(config, sources, console)
-        made_of = contents(sources, config.init, list(config.trust))
+        made_of = contents(sources, config)
         if not config.force:
             same_run(output, config, made_of)
         if (output / RESULTS).is_file() and not config.force:
@@ -204,25 +204,26 @@ def check_coded(datamodule: FaceDataModule) -> None:
             )
 
 
-def people_of_init(config: DictConfig) -> dict[str, list[str]]:
-    """Return who trained or selected the weights that a run starts from, and those that these started from."""
-    return read_release(Path(config.init).expanduser(), list(config.trust), "init").people if config.init else {}
-
-
-def init_leaks(config: DictConfig, datamodule: FaceDataModule, before: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return sentences on people of the test part that ``init`` has seen, if ``protocol.allow_leak`` lets them pass.
+def weight_leaks(
+    config: DictConfig, datamodule: FaceDataModule, before: Mapping[str, Mapping[str, Sequence[str]]]
+) -> list[str]:
+    """Return sentences on people of the test part whom earlier weights have seen, if ``protocol.allow_leak`` lets them.
 
     Args:
         config: Config of the run.
         datamodule: Its data.
-        before: What ``people_of_init`` returned.
+        before: What ``people_before`` returned.
 
     Raises:
         DataError: If there are some and it does not.
     """
     # All rows, also of a smoke run on a few of them: it is there to tell whether the whole run would do.
     rows = [division.rows[TEST] for division in datamodule.divisions]
-    leaks = [f"init={config.init}: {leak}" for leak in known_people(datamodule.sources, rows, before)]
+    leaks = [
+        f"{key}={OmegaConf.select(config, key)}: {leak}"
+        for key, people in before.items()
+        for leak in known_people(datamodule.sources, rows, people)
+    ]
     if leaks and not datamodule.protocol.allow_leak:
         raise DataError(
             f"{'; '.join(leaks)}; start from other weights, test on other people, leave these out (protocol.keep), or "
@@ -328,8 +329,8 @@ def _train(
     inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, datamodule.part_rows(TEST))
     summary = datamodule.summary()
     summary["notes"] += [*left_out, *protocol_notes(config, summary)]
-    before = people_of_init(config)
-    summary["leaks"] = [*summary["leaks"], *init_leaks(config, datamodule, before)]
+    before = people_before(config)
+    summary["leaks"] = [*summary["leaks"], *weight_leaks(config, datamodule, before)]
     bound = assembly.bound_config(config, tasks)
     module = assembly.build_model(bound, tasks)
     check_monitor(config, module)
@@ -363,7 +364,7 @@ def _train(
     selection = select_weights(config, trainer, module, history, output)
     if chosen is not None:
         selection |= chosen
-    people = join_people(before, datamodule.people())
+    people = join_people(*before.values(), datamodule.people())
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["quantization"] = None if module.quantization is None else module.quantization.report(module)

@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig
 
 from affect.commands import train
 from affect.data.batch import FaceBatch
+from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
 from affect.release import build_model, build_tasks, read_release
 
@@ -31,7 +34,8 @@ def run(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Pat
     def make(*overrides: str, output: str) -> Path:
         from tests.conftest import SMALL
 
-        kept = [o for o in SMALL if not o.startswith("encoder")]
+        own = ("encoder", "dataset") if "dataset=table" in overrides else ("encoder",)
+        kept = [o for o in SMALL if not o.startswith(own)]
         paths = (f"paths.output={tmp_path / output}", f"paths.cache={tmp_path / 'cache'}")
         train.run(compose("train", *kept, *ENCODER, *paths, *overrides))
         return tmp_path / output
@@ -107,3 +111,54 @@ def test_the_controls_run(run: Callable[..., Path]) -> None:
 def test_rungs_need_no_exogenous_run(run: Callable[..., Path], rung: str) -> None:
     found = results(run("task=[expression]", f"model={rung}", "model.hidden=[8]", output=rung))
     assert found["metrics"]["test"]
+
+
+def cohort(folder: Path, parts: dict[str, str]) -> str:
+    """Write noise with labels of named people, four images each; return the override that takes it."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    who = [name for name in parts for _ in range(4)]
+    names = [f"{k:02d}.png" for k in range(len(who))]
+    for name in names:
+        cv2.imwrite(str(folder / name), random.integers(0, 256, (24, 24, 3), np.uint8))
+    columns = {
+        "image": names,
+        "subject": who,
+        "part": [parts[name] for name in who],
+        "expression": [("happiness", "sadness")[k % 2] for k in range(len(who))],
+        "pose_yaw": np.tile(np.float32([-20, 0, 20, 5]), len(parts)),
+    }
+    FaceTable.from_columns(columns, folder, {"dataset": "cohort", "people": "cohort"}).save(folder / "labels.arrow")
+    return f"dataset.table={folder / 'labels.arrow'}"
+
+
+def test_people_of_the_exogenous_run_are_no_test_and_stay_known(run: Callable[..., Path], tmp_path: Path) -> None:
+    given = ("dataset=table", "prepare=none", "data.limit=null", "figures=false")
+    parts = {"ada": "train", "bea": "train", "cyd": "train", "dan": "train", "eva": "test"}
+    first = run(*STAGE1, *given, cohort(tmp_path / "one", parts), output="first")
+    assert results(first)["people"] == {"cohort": ["ada", "bea", "cyd", "dan"]}
+    other = cohort(tmp_path / "two", {"fay": "train", "gil": "train", "hal": "train", "ada": "test"})
+    second = (*BOTH, *given, other, "model.exogenous.classes=3", "model.exogenous.hidden=[5]")
+    by_file = f"model.exogenous.weights={first / 'release' / 'model.safetensors'}"
+    told = r"model\.exogenous\.weights=.*trained on 1 people of cohort among these rows: ada; .*allow_leak"
+    for weights in (f"model.exogenous.weights={first}", by_file):
+        with pytest.raises(DataError, match=told):
+            run(*second, weights, output="second")
+    assert not (tmp_path / "second" / "last.ckpt").exists()
+    allowed = results(run(*second, by_file, "protocol.allow_leak=true", output="second"))
+    assert ["ada" in leak for leak in allowed["data"]["leaks"]] == [True]
+    assert set(allowed["people"]["cohort"]) == {"ada", "bea", "cyd", "dan", "fay", "gil", "hal"}
+
+
+def test_another_exogenous_run_in_the_same_folder_makes_another_run(run: Callable[..., Path], tmp_path: Path) -> None:
+    first = run(*STAGE1, output="first")
+    stage2 = (*BOTH, "model.exogenous.classes=3", "model.exogenous.hidden=[5]", f"model.exogenous.weights={first}")
+    second = run(*stage2, output="second")
+    held = json.loads((second / "data.json").read_text())
+    assert list(held["model.exogenous.weights"]) == [str(first)]
+    assert held["init"] == {}
+    run(*STAGE1, "seed=5", output="other")
+    shutil.rmtree(first)
+    shutil.move(tmp_path / "other", first)
+    with pytest.raises(ConfigError, match=r"holds a run on other data \(model\.exogenous\.weights .*force=true"):
+        run(*stage2, output="second")
