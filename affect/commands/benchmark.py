@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import faces, loader, monet, pal, step, table
+from affect.commands.benchmarks import faces, loader, monet, pal, predict, step, table
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.report import environment, write_json
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "table": table.measure,
     "pal": pal.measure,
     "monet": monet.measure,
+    "predict": predict.measure,
 }
 
 

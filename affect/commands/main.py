@@ -167,7 +167,7 @@ COMMANDS = (
         "predict",
         "Read the faces of photographs, videos or a camera; write a table, annotated copies and timelines.",
         (
-            ("checkpoint", "folder of a run or of a release"),
+            ("checkpoint", "run, release, exported file, packaged:face_expression, or name on the hub"),
             ("input", "image, video, folder of them, pattern such as 'videos/*.mp4', or number of a camera"),
             ("out", "folder to write"),
             ("finder", "face detector and points"),
@@ -181,6 +181,16 @@ COMMANDS = (
             "predict checkpoint=my_release input=interview.mp4 detect_every=5",
             "predict checkpoint=my_release input=0 limit=300",
         ),
+    ),
+    Command(
+        "show",
+        "Write a finished run as one HTML page: numbers, figures and model card.",
+        (
+            ("run", "folder of a run of affect train or affect evaluate"),
+            ("out", "HTML file to write; by default report.html in the run's folder"),
+            ("open", "true opens it in a browser"),
+        ),
+        ("show run=runs/first_run/orl-test/1a2b3c4d/seed1 open=true",),
     ),
     Command(
         "check",
@@ -246,7 +256,7 @@ COMMANDS = (
         (
             ("track", "va, expr, au or mtl; the first word"),
             ("sample", "sample file of the challenge, whose frames are answered"),
-            ("predictions", "predictions table of affect train, evaluate or predict"),
+            ("predictions", "predictions table of affect train or evaluate, or face_table.parquet of affect predict"),
             ("checkpoint", "in place of predictions: run or release that predicts the listed frames"),
             ("root", "with checkpoint: folder of Aff-Wild2, which holds the crops"),
             ("thresholds", "probability from which an action unit is present: a number, or one for each"),
@@ -271,7 +281,7 @@ COMMANDS = (
         (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
         ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table", "benchmark pal"),
         word="what",
-        words=("step", "loader", "faces", "table", "pal", "monet"),
+        words=("step", "loader", "faces", "table", "pal", "monet", "predict"),
     ),
 )
 """Every command, in the order of the help."""

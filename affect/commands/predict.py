@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from affect import __version__
 from affect.commands import assembly
+from affect.commands.evaluate import chosen_adapter
 from affect.commands.face_pictures import Pictures, timeline_panels, timelines
 from affect.commands.face_rows import Columns, FaceTableParts, Rows, make_rows
 from affect.commands.predictor import BOX_MARGIN, Predictor, open_predictor, read_faces
@@ -146,7 +147,7 @@ def run(config: DictConfig) -> None:
     formats = check_formats(config.formats)
     options = read_options(config)
     sources = open_input(config.input, [out / ANNOTATED, out / TIMELINES])
-    predictor = open_predictor(Path(config.checkpoint).expanduser(), list(config.trust))
+    predictor = open_predictor(str(config.checkpoint), list(config.trust), chosen_adapter(config))
     finder = assembly.make(config.finder, "finder")
     moving = any(source.moving for source in sources)
     if predictor.delivered:

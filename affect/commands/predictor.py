@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from affect.commands import decisions
 from affect.data.batch import FaceBatch
 from affect.data.dataset import turned
+from affect.foreign import Adapter, open_checkpoint
+from affect.foreign.opening import Predictor as Module
+from affect.foreign.opening import build_predictor
 from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
 from affect.geometry.tracking import Clock, no_clock
-from affect.models.base import AffectModule
-from affect.release import PREPROCESS, build_model, build_tasks, read_release
+from affect.release import PREPROCESS, build_tasks
 from affect.tasks import Task
 
 BOX_MARGIN = 0.1
@@ -49,20 +51,20 @@ class Predictor(Protocol):
         ...
 
 
-class TorchPredictor:
-    """A release in PyTorch.
+class CheckpointPredictor:
+    """A checkpoint of any kind: a release in PyTorch, an ONNX file, a packaged network.
 
     Args:
-        module: The model, in evaluation mode.
+        module: What predicts, in evaluation mode.
         tasks: Its tasks.
         preprocess: What the release says of crops and thresholds.
         where: File that says so, for messages.
-        device: Where the model runs.
+        device: Where the model runs, if it can run there.
     """
 
     def __init__(
         self,
-        module: AffectModule,
+        module: Module,
         tasks: Mapping[str, Task],
         preprocess: Mapping[str, Any],
         where: str = PREPROCESS,
@@ -83,20 +85,26 @@ class TorchPredictor:
             }
 
 
-def open_predictor(checkpoint: Path, trust: Sequence[str] = (), device: torch.device | str | None = None) -> Predictor:
+def open_predictor(
+    checkpoint: str | Path,
+    trust: Sequence[str] = (),
+    adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+) -> Predictor:
     """Return the predictor of a checkpoint.
 
     Args:
-        checkpoint: Folder of a run or of a release.
+        checkpoint: Folder of a run or of a release, ONNX file, or another name that ``open_checkpoint`` knows.
         trust: Packages whose classes the checkpoint may name.
+        adapter: What an ONNX file of somebody else takes and gives.
         device: Where a PyTorch model runs; None takes a GPU where there is one.
     """
-    release = read_release(checkpoint, list(trust))
+    release = open_checkpoint(checkpoint, list(trust), adapter)
     tasks = build_tasks(release)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     where = str(release.folder / PREPROCESS)
-    return TorchPredictor(build_model(release, tasks), tasks, release.preprocess, where, device)
+    return CheckpointPredictor(build_predictor(release, tasks).eval(), tasks, release.preprocess, where, device)
 
 
 def prediction_recipe(preprocess: Mapping[str, Any]) -> CropRecipe:

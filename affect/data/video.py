@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One picture of a source.
 
@@ -128,12 +128,16 @@ class VideoFile:
         self.path, self.root = path, path.parent if root is None else root
         self.name = os.path.relpath(path, self.root)
         self._delivered = 0
-        capture = self._open()
-        announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        rate = capture.get(cv2.CAP_PROP_FPS)
+        self.length: int | None = None
+        self.rate: float | None = None
+        try:
+            capture = self._open()
+        except DataError:
+            return  # who asks for its frames is told
+        announced, rate = capture.get(cv2.CAP_PROP_FRAME_COUNT), capture.get(cv2.CAP_PROP_FPS)
         capture.release()
-        self.length: int | None = int(announced) if 0 < announced < 1e9 else None
-        self.rate: float | None = float(rate) if 0 < rate < 1e4 else None
+        self.length = int(announced) if 0 < announced < 1e9 else None
+        self.rate = float(rate) if 0 < rate < 1e4 else None
 
     def _open(self) -> Any:  # noqa: ANN401
         if not self.path.is_file():

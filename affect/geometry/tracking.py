@@ -161,7 +161,7 @@ def follow_box(
 
 # -------------------------------------------------------------------------------------------------- following
 
-_PATCH = CropRecipe(name="patch", kind="similarity", size=24, margin=0.1, border="replicate")
+_PATCH = CropRecipe(name="patch", kind="similarity", size=24, margin=0.0, border="replicate")
 
 
 def face_patch(image: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -190,7 +190,7 @@ class FaceFollower:
         finder: Finds faces. One that finds boxes and points in one step is asked in every frame.
         detect_every: Frames from one detection to the next; 1 detects in every frame. While no face is followed, and
             where one is lost, every frame is searched.
-        overlap: Smallest intersection over union of the boxes of one face in two detections.
+        overlap: Smallest intersection over union of a face's boxes in neighbouring frames, and in two detections.
         patience: Frames that a face may be away and still keep its number.
         likeness: Smallest correlation of a followed face's pixels with those of its last detection; below it the face
             counts as lost.
@@ -308,6 +308,6 @@ class FaceFollower:
     ) -> bool:
         height, width = image.shape[:2]
         inside = np.clip(np.minimum(box[2:], [width, height]) - np.maximum(box[:2], 0), 0, None).prod()
-        if not inside >= 0.5 * area(box):
+        if not inside >= 0.5 * area(box) or overlaps(track.box, box)[0, 0] < self.overlap:
             return False
         return float(face_patch(image, points) @ track.patch) >= self.likeness

@@ -204,7 +204,7 @@ def test_a_model_of_delivered_crops_says_what_is_cropped_instead(
 ) -> None:
     loaded = read_release(release)
     delivered = dataclasses.replace(loaded, preprocess={"recipe": None, "image_size": 32})
-    monkeypatch.setattr(predictor, "read_release", lambda *_: delivered)
+    monkeypatch.setattr(predictor, "open_checkpoint", lambda *_: delivered)
     predict.run(config(compose, release, photographs / "astronaut.png", tmp_path))
     printed = capsys.readouterr().out
     assert "trained on delivered crops: each face's box with a margin of 10% is cropped" in printed
@@ -267,3 +267,31 @@ def test_presence_and_intensity_of_an_action_unit_both_show() -> None:
     drawn = note(observation, {"au12_occurrence": 0.9, "au12_intensity": 2.0}, tasks)
     assert drawn.bars == {"AU12": 0.9, "AU12 (au_intensity)": 2.0}
     assert drawn.bar_limits == {"AU12": 1.0, "AU12 (au_intensity)": 5.0}
+
+
+def test_a_packaged_network_reads_photographs_without_any_training(
+    compose: Callable[..., DictConfig], photographs: Path, tmp_path: Path
+) -> None:
+    settings = compose(
+        "predict", "checkpoint=packaged:face_expression", f"input={photographs / 'astronaut.png'}", f"out={tmp_path}"
+    )
+    predict.run(settings)
+    table = read(tmp_path / "predictions.parquet")
+    assert table["expression"] == ["happiness"]
+    assert table["happiness"][0] > 0.95
+
+
+@pytest.mark.slow
+def test_an_exported_file_reads_the_same_as_its_checkpoint(release: Path, photographs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    export = pytest.importorskip("affect.commands.export")
+    from affect.commands.configuration import compose as compose_config
+
+    file = tmp_path / "model.onnx"
+    export.run(compose_config("export", [f"checkpoint={release}", f"out={file}", "format=onnx"]))
+    image = np.ascontiguousarray(data.astronaut())
+    found = FaceApiFinder().find(image)
+    ours, theirs = (read_faces(open_predictor(path), [image], found, 8) for path in (release, file))
+    assert ours.values.keys() == theirs.values.keys()
+    for name, values in ours.values.items():
+        np.testing.assert_allclose(theirs.values[name], values, atol=1e-3, err_msg=name)
