@@ -86,3 +86,38 @@ def test_a_point_outside_gives_finite_maps_and_gradients():
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError, match="must be"):
         heatmaps.gaussian_heatmaps(torch.zeros(1, 2), (4, 4), **arguments)
+
+
+def test_an_even_map_says_the_centre():
+    torch.testing.assert_close(heatmaps.soft_argmax(torch.full((1, 5, 8), 3.0)), torch.tensor([[3.5, 2.0]]))
+
+
+@pytest.mark.parametrize("shift", [(2, 0), (-3, 1), (0, -4)])
+def test_a_shifted_map_shifts_its_point(shift):
+    torch.manual_seed(1)
+    logits = torch.full((2, 20, 24), -80.0, dtype=torch.float64)
+    logits[:, 6:14, 6:14] = torch.randn(2, 8, 8, dtype=torch.float64) * 3
+    moved = torch.roll(logits, (shift[1], shift[0]), (-2, -1))
+    expected = heatmaps.soft_argmax(logits) + torch.tensor(shift)
+    torch.testing.assert_close(heatmaps.soft_argmax(moved), expected)
+
+
+def test_resizing_as_networks_do_keeps_points_in_their_place():
+    """Bilinear resizing without aligned corners and averages over 2x2 pixels cover the same extent as the map."""
+    maps = heatmaps.gaussian_heatmaps(torch.tensor([[7.3, 30.6]]), (40, 32), 1.5, "sum")[None]
+    finer = torch.nn.functional.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=False)
+    coarser = torch.nn.functional.avg_pool2d(maps, 2)
+    for other in (finer, coarser):
+        found = heatmaps.expected_points(other / other.sum((-2, -1), keepdim=True))
+        expected = heatmaps.rescale_points(heatmaps.expected_points(maps), (40, 32), tuple(other.shape[-2:]))
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    aligned = torch.nn.functional.interpolate(maps, scale_factor=2.0, mode="bilinear", align_corners=True)
+    found = heatmaps.expected_points(aligned / aligned.sum((-2, -1), keepdim=True))
+    wrong = heatmaps.rescale_points(heatmaps.expected_points(maps), (40, 32), (80, 64))
+    assert (found - wrong).abs().max() > 0.1, "another convention would be seen"
+
+
+def test_temperature_divides_scores():
+    logits = torch.randn(3, 5, 5)
+    torch.testing.assert_close(heatmaps.spatial_softmax(logits, 0.25), heatmaps.spatial_softmax(logits * 4))
+    assert heatmaps.spatial_softmax(logits, 1.0).equal(heatmaps.spatial_softmax(logits))
