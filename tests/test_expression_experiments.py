@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from affect.commands import train
+from affect.commands import figures, train
 from affect.commands.configuration import compose
 from affect.commands.main import main
 from affect.commands.synthesize import Tree
@@ -147,6 +147,43 @@ def test_the_objective_is_chosen_by_its_name_and_left_out_by_null(tmp_path: Path
     train.run(compose("train", line))
     assert results_of(tmp_path)["metrics"]["test"]
     assert not (tmp_path / "output" / "figures" / "pal_attribution.png").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["thin_rafdb", *(pytest.param(f"thin_affectnet{k}", marks=pytest.mark.slow) for k in (7, 8))],
+)
+def test_thin_trains_on_an_exogenous_stage_of_its_own(
+    name: str, tmp_path: Path, trees: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
+    data = "rafdb" if name == "thin_rafdb" else "affectnet"
+    variable = {
+        "rafdb": ["task.exogenous.column=age_group"],
+        "affectnet": ["task.exogenous.column=valence", "task.exogenous.bins=[-1,0,1]"],
+    }[data]
+    small = [*VGG[:1], "encoder.image_size=64", *VGG[2:]]
+    base = [*SMALL, *(f"paths.{key}={tmp_path / key}" for key in ("cache", "prepared")), f"dataset.root={trees(data)}"]
+    stage1 = [f"dataset={data}", "model=exogenous", "task=[exogenous]", *variable]
+    stage1 += ["encoder=vgg16_vggface", "encoder.output=map", f"paths.output={tmp_path / 'stage1'}"]
+    train.run(compose("train", [*stage1, *base, *small]))
+    classes = len(json.loads((tmp_path / "stage1" / "results.json").read_text())["labels"]["exogenous"])
+    stage2 = [f"experiment={name}", f"paths.output={tmp_path / 'output'}", "model.exogenous.hidden=[64]"]
+    stage2 += [f"model.exogenous.weights={tmp_path / 'stage1'}", f"model.exogenous.classes={classes}"]
+    train.run(compose("train", [*stage2, *base, *small]))
+    results = results_of(tmp_path)
+    assert len(results["labels"]["expression"]) == (int(name[-1]) if data == "affectnet" else 7)
+    assert 0 <= results["findings"]["dispelling"]["abs_cos"] <= 1
+    assert len(results["findings"]["gate"]["usage"][0]) == 32
+    assert results["config"]["data"]["sampling"]["kind"] == ("uniform" if data == "rafdb" else "balanced")
+
+
+def test_thin_stops_and_names_what_it_needs(tmp_path: Path, trees: Callable[[str], Path]) -> None:
+    line = words("thin_affectnet7", tmp_path, trees("affectnet"))
+    with pytest.raises(CheckpointError, match=r"encoder\.weights=<VGG_FACE\.caffemodel.*allow_imagenet=true"):
+        train.run(compose("train", [word for word in line if word != "debug=fast"]))
+    with pytest.raises(ConfigError, match=r"model\.exogenous\.weights: name the folder of a finished run"):
+        train.run(compose("train", [*line, *VGG[:1], "encoder.image_size=64", *VGG[2:], "model.exogenous.hidden=[8]"]))
 
 
 @pytest.mark.slow
