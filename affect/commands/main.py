@@ -278,10 +278,22 @@ COMMANDS = (
     Command(
         "benchmark",
         "Measure the training step (also with PAL), the loader, the built-in faces or large tables; stores JSON.",
-        (("quick", "true for a smoke run of seconds"), ("threads", "torch threads"), ("out", "JSON file to write")),
-        ("benchmark step", "benchmark loader", "benchmark faces quick=true", "benchmark table", "benchmark pal"),
+        (
+            ("quick", "true for a smoke run of seconds"),
+            ("threads", "torch threads"),
+            ("checkpoint", "a run or a release with points: its speed (landmarks), its points (photographs)"),
+            ("out", "JSON file to write"),
+        ),
+        (
+            "benchmark step",
+            "benchmark loader",
+            "benchmark faces quick=true",
+            "benchmark table",
+            "benchmark pal",
+            "benchmark photographs checkpoint=runs/decafa_faces/faces",
+        ),
         word="what",
-        words=("step", "loader", "faces", "table", "pal", "monet", "predict"),
+        words=("step", "loader", "faces", "table", "pal", "monet", "predict", "landmarks", "photographs"),
     ),
 )
 """Every command, in the order of the help."""

@@ -150,6 +150,7 @@ def landmark_sheet(
     unit: str = "%",
     title: str | None = "Landmarks",
     columns: int | None = None,
+    note: str = "Blue: predicted. White: true.",
 ) -> Figure:
     """Return faces with predicted points, true points and the lines between them.
 
@@ -161,6 +162,7 @@ def landmark_sheet(
         unit: Unit of the errors.
         title: Heading.
         columns: Faces per row; None chooses by their number.
+        note: What the colours mean, written where there are true points.
 
     Raises:
         DataError: If there are not as many of each as images, if numbers of points differ, or if an array is not an
@@ -174,8 +176,7 @@ def landmark_sheet(
     if errors is not None:
         shown = [f"{value:.2f} {unit}" if math.isfinite(value) else "no error" for value in np.asarray(errors, float)]
         texts = [[_Text(line)] for line in shown]
-    note = "Blue: predicted. White: true." if target is not None else None
-    figure, axes, cells = _lay_out(images, texts, across, title, note)
+    figure, axes, cells = _lay_out(images, texts, across, title, note if target is not None else None)
     true = target if target is not None else [None] * count
     for cell, each, known in zip(cells, points, true, strict=True):
         if known is not None:
