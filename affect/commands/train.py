@@ -35,7 +35,7 @@ from affect.callbacks import (
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.acceleration import check_precision, compile_encoders, resolve_batching, scale_learning_rate
 from affect.commands.check import verified
-from affect.commands.distributed import cluster_environment, join_tasks, use_own_launcher, wait_for_all
+from affect.commands.distributed import check_tasks, cluster_environment, join_tasks, use_own_launcher, wait_for_all
 from affect.commands.landmarks import POINTS, TYPICAL_FACES, typical_points
 from affect.commands.run_folder import (
     RESULTS,
@@ -44,11 +44,13 @@ from affect.commands.run_folder import (
     contents,
     is_first_process,
     locked,
+    note_start,
     resolve_output,
     result_hash,
     same_run,
     store,
 )
+from affect.commands.run_logs import log_results, log_settings
 from affect.commands.starting_point import apply_starting_point, people_before
 from affect.data.datamodule import FaceDataModule
 from affect.data.dataset import read_points
@@ -352,11 +354,14 @@ def _train(
         if config.force:
             clear(output, keep=(SELECTION,) if chosen else ())
         store(output, config, made_of)
+        starts = note_start(output)
     print_summary(console, summary, output)
     last = output / LAST
     resumed = str(last) if last.is_file() and not config.force else None
     if resumed:
         console.print(f"continuing from {last}")
+    else:
+        log_settings(trainer.loggers, config)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed)
     if not trainer.is_global_zero:
         return None
@@ -366,12 +371,16 @@ def _train(
         selection |= chosen
     people = join_people(*before.values(), datamodule.people())
     results = finish(config, bound, datamodule, module, history, selection, summary, output, headline, people)
+    results["environment"] = starts[-1]["environment"]  # of the code that ran, not of what lies there by now
+    results["starts"] = len(starts)
+    results["made_of"] = made_of
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["quantization"] = None if module.quantization is None else module.quantization.report(module)
     results["batch"] = batching.describe()
     results["timing"] = {"training_seconds": history.seconds, "started": started, "finished": time.time()}
     if config.get("figures", True):
         figures.write_run_figures(output, results, history.epochs, datamodule, module, trainer.loggers)
+    log_results(trainer.loggers, output, results, trainer.global_step)
     write_json(output / RESULTS, results)
     print_results(console, results)
     drawn = ", figures/" if config.get("figures", True) else ""
@@ -457,6 +466,7 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise assembly.translated(error, "trainer") from error
+    check_tasks(trainer)
     use_own_launcher(trainer)
     return trainer
 

@@ -3,7 +3,7 @@
 
 from affect.report.provenance import provenance
 from affect.report.records import Record, Score, read_scores
-from affect.report.results import environment, read_json, to_json, write_json
+from affect.report.results import code_patch, environment, patch_hash, read_json, to_json, write_json
 from affect.report.tables import (
     comparison_table,
     markdown,
@@ -18,11 +18,13 @@ from affect.report.tables import (
 __all__ = [
     "Record",
     "Score",
+    "code_patch",
     "comparison_table",
     "environment",
     "markdown",
     "markdown_table",
     "order_table",
+    "patch_hash",
     "provenance",
     "read_json",
     "read_scores",

