@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
+from safetensors import SafetensorError
 
 from affect.errors import CheckpointError, ConfigError, near
 from affect.files import replacing, save_tensors
@@ -24,8 +27,12 @@ class AtomicCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Write ``checkpoint`` to ``path`` atomically, through to the disk."""
-        with replacing(path) as part, part.open("wb") as file:
+        """Write ``checkpoint`` to ``path`` atomically, through to the disk.
+
+        Raises:
+            CheckpointError: If it cannot be written, for a full disk say; what was at ``path`` stays.
+        """
+        with _said(path), replacing(path) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:  # noqa: ANN401
@@ -42,6 +49,25 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the checkpoint at ``path`` if it is there."""
         Path(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def _said(path: str | Path) -> Iterator[None]:
+    """Turn a failed write into one line; torch wraps the reason into an error of its own."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__cause__ or reason.__context__
+        full = next((text for text in ("No space left on device", "File too large") if text in str(error)), None)
+        said = (reason.strerror if isinstance(reason, OSError) else None) or full
+        if said is None:
+            raise
+        stays = "; the last one that was written stays" if Path(path).is_file() else ""
+        raise CheckpointError(
+            f"{path}: cannot be written ({said}){stays}; free some space, and the same command continues the run"
+        ) from error
 
 
 class BestWeights(pl.Callback):
@@ -74,7 +100,8 @@ class BestWeights(pl.Callback):
         if self.epoch < 0 or score > self.score or (math.isnan(self.score) and not math.isnan(score)):
             self.score, self.epoch = score, trainer.current_epoch
             if trainer.is_global_zero:
-                save_tensors(self.folder / BEST, pl_module.release_state())
+                with _said(self.folder / BEST):
+                    save_tensors(self.folder / BEST, pl_module.release_state())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continued run must know."""

@@ -27,6 +27,7 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from pytorch_lightning.utilities import rank_zero_only
 
 from affect.commands.configuration import sweep_job
+from affect.errors import ConfigError
 
 _LOCAL_TASKS, _LOCAL_RANK, _LOCAL_JOB = "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_JOB_ID"
 
@@ -56,6 +57,20 @@ def join_tasks() -> None:
     port = 15000 + int(os.environ[_LOCAL_JOB]) % 10000  # the same for all tasks of a job, as Lightning does on Slurm
     os.environ |= {"LOCAL_RANK": rank, "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     setattr(rank_zero_only, "rank", int(rank))  # noqa: B010
+
+
+def check_tasks(trainer: pl.Trainer) -> None:
+    """Refuse a job that started several tasks for another number of processes: each would train a run of its own.
+
+    Raises:
+        ConfigError: With both numbers and what to set.
+    """
+    tasks = max(int(os.environ.get(name, "1")) for name in (_LOCAL_TASKS, "SLURM_NTASKS"))
+    if tasks > 1 and tasks != trainer.world_size and not TorchElasticEnvironment.detect():
+        raise ConfigError(
+            f"this job has {tasks} tasks, and trainer.devices × trainer.num_nodes are {trainer.world_size} processes; "
+            "start one task, or as many as there are devices (hydra.launcher.tasks_per_node, srun --ntasks-per-node)"
+        )
 
 
 def use_own_launcher(trainer: pl.Trainer) -> None:

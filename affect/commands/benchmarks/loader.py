@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our loader against torchvision's ImageFolder: same files, decoded size and augmentations, normalised batches."""
+"""Our loader, from files and from packed shards, against torchvision's ImageFolder.
+
+All get the same JPEG data, decode to the same size, augment alike and give normalised batches.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,19 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import torch
 
+from affect.data.archives import SEPARATOR, ShardImages
 from affect.data.dataset import FaceDataset, collate
-from affect.data.images import FileImages, Source
+from affect.data.images import FileImages, ImageReader, Source
 from affect.data.sampling import OrderedSampler
 from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
 from affect.encoders import TimmEncoder
 
-SIDE, STORED, BATCH = 224, 448, 32
+SIDE, STORED, BATCH, SHARD = 224, 448, 32, 128
+"""Pixels of a batch's images, pixels of the stored ones, images of a batch, images of a shard."""
 
 
 def write_photographs(folder: Path, count: int) -> FaceTable:
@@ -51,7 +57,29 @@ def _photograph() -> np.ndarray:
         return FaceImages(FaceDials(image_size=512), 0).read(np.array([0]))[0]
 
 
-def _ours(table: FaceTable, seed: int) -> float:
+def pack(table: FaceTable, folder: Path) -> FaceTable:
+    """Write the files of a table into shards as ``affect prepare store=shards`` does, and return the table of these.
+
+    Args:
+        table: The table, which knows its folder.
+        folder: Folder of the shards, and root of their table's names.
+    """
+    names = [str(name) for name in table.strings("image")[0]]
+    packed = [""] * len(names)
+    for first in range(0, len(names), SHARD):
+        shard = f"shards/u{first // SHARD:05d}.arrow"
+        held = range(first, min(first + SHARD, len(names)))
+        images = pa.table({"image": pa.array([(table.root / names[k]).read_bytes() for k in held], pa.large_binary())})
+        path = folder / shard
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, images.schema) as stream:
+            stream.write_table(images)
+        for k in held:
+            packed[k] = f"{shard}{SEPARATOR}{k - first}"
+    return table.with_columns({"image": packed})
+
+
+def _ours(images: ImageReader, table: FaceTable, seed: int) -> float:
     """Return images per second up to the normalised batch."""
     augment = [
         {
@@ -69,7 +97,7 @@ def _ours(table: FaceTable, seed: int) -> float:
         },
     ]
     transform = FaceTransform(SIDE, flip=0.5, rotation=10.0, augment=augment)
-    source = Source("photographs", table, FileImages(table), group="image")
+    source = Source("photographs", table, images, group="image")
     dataset = FaceDataset([source], [np.arange(len(table))], {}, transform, seed=seed)
     sampler = OrderedSampler(len(table), BATCH)
     loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=None, collate_fn=collate, num_workers=0)
@@ -105,21 +133,30 @@ def _rate(batches: Any, count: int) -> float:  # noqa: ANN401
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Return images per second of both loaders on one core and their ratio; rounds alternate, the best one counts."""
+    """Return images per second of the loaders on one core and their ratios; rounds alternate, the best one counts."""
     count, rounds = (64, 1) if quick else (640, 5)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        table = write_photographs(folder, count)
-        ours, theirs = [], []
+        table = write_photographs(folder / "photographs", count)
+        packed = pack(table, folder / "packed")
+        readers: dict[str, tuple[ImageReader, FaceTable]] = {
+            "files": (FileImages(table), table),
+            "packed shards": (ShardImages(packed, folder / "packed"), packed),
+        }
+        ours: dict[str, list[float]] = {name: [] for name in readers}
+        theirs = []
         for k in range(rounds):
-            theirs.append(_torchvision(folder, count))
-            ours.append(_ours(table, k))
+            theirs.append(_torchvision(folder / "photographs", count))
+            for name, (images, rows) in readers.items():
+                ours[name].append(_ours(images, rows, k))
     return [
         {
             "pipeline": f"JPEG {STORED} px to {SIDE} px: flip, rotate, brightness and contrast, occlude, normalise",
-            "ours, images/s": max(ours),
-            "torchvision ImageFolder, images/s": max(theirs),
-            "ratio": max(ours) / max(theirs),
+            "stored as": name,
+            "ours, images/s": max(rates),
+            "torchvision ImageFolder (files), images/s": max(theirs),
+            "ratio": max(rates) / max(theirs),
         }
+        for name, rates in ours.items()
     ]
