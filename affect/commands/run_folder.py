@@ -57,7 +57,7 @@ LATER: dict[str, Any] = {
 WRITTEN = frozenset(
     [
         *(RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json"),
-        *("predictions", "release", "figures", "csv", "tensorboard", "mlflow", "wandb", "compare", SELECTION),
+        *("predictions", "release", "figures", "csv", "tensorboard", "wandb", "compare", SELECTION),
         *(STARTS, CODE),
     ]
 )
@@ -164,7 +164,8 @@ def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: If the folder holds files but no run.
     """
-    found = [path for path in folder.iterdir() if path.name not in (LOCK, *keep) and not _is_part(path)]
+    # MLflow's database is made with the logger, before this, and takes the runs of every start.
+    found = [path for path in folder.iterdir() if path.name not in (LOCK, "mlflow", *keep) and not _is_part(path)]
     if found and not _holds_run(folder):
         raise ConfigError(
             f"force=true: {folder} holds files but no run of affect ({found[0].name}, …), and nothing is removed; "
