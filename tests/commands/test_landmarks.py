@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from affect.commands import landmarks
+from affect.commands.face_pictures import note
 from affect.commands.main import main
 from affect.data import faces
 from affect.data.batch import FaceBatch
@@ -23,7 +24,7 @@ from affect.data.layouts.common import write_image
 from affect.data.table import FaceTable
 from affect.encoders import TimmEncoder
 from affect.errors import CheckpointError, ConfigError
-from affect.geometry import CropRecipe, FaceDetector, TwoStageFinder, transform_points
+from affect.geometry import CropRecipe, FaceDetector, FaceObservation, TwoStageFinder, transform_points
 from affect.geometry.providers import Detection, mean_face
 from affect.models.baseline import Baseline
 from affect.release import read_release, write_release
@@ -208,3 +209,14 @@ def test_crops_of_a_checkpoint_are_those_it_was_trained_on(model: Path) -> None:
     assert first.shape == second.shape == (1, SIZE, SIZE, 3)
     matrix = provider._crops(points)[1][0]
     np.testing.assert_allclose(transform_points(matrix, points[0]), MEAN * SIZE - 0.5, atol=1e-3)
+
+
+def test_every_predicted_scheme_is_drawn() -> None:
+    tasks = {f"landmarks_{scheme}": Landmarks(scheme) for scheme in ("5", "98", "68")}
+    seen = FaceObservation(BOXES[0], 0.9, np.zeros((68, 2)))
+    row = {task.scheme.column: np.full(2 * task.scheme.points, k) for k, task in enumerate(tasks.values())}
+    drawn = note(seen, row, tasks)
+    np.testing.assert_array_equal(drawn.points, np.full((98, 2), 1))
+    assert list(drawn.further) == ["68 points", "5 points"]
+    np.testing.assert_array_equal(drawn.further["5 points"], np.zeros((5, 2)))
+    np.testing.assert_array_equal(note(seen, {}, {}).points, seen.points)  # a model without points: the finder's
