@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import faces, landmarks, loader, monet, pal, predict, step, table
+from affect.commands.benchmarks import export, faces, landmarks, loader, monet, pal, predict, step, table
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.release import read_release
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "pal": pal.measure,
     "monet": monet.measure,
     "predict": predict.measure,
+    "export": export.measure,
 }
 
 OF_CHECKPOINTS = ("landmarks", "photographs")

@@ -138,7 +138,7 @@ COMMANDS = (
     ),
     Command(
         "export",
-        "Write a model as one file: ONNX in float or int8, or a program of torch.export; compared with the model first.",
+        "Write a model as one file, compared with the model first: ONNX in float or int8, or a torch.export program.",
         (
             ("checkpoint", "folder of a run or of a release"),
             ("format", "onnx, onnx_int8 or torch_export"),
@@ -323,7 +323,7 @@ COMMANDS = (
     ),
     Command(
         "benchmark",
-        "Measure the training step (also with PAL), the loader, the built-in faces, large tables or exports; stores JSON.",
+        "Measure the training step, also with PAL, loader, built-in faces, large tables, exported files; stores JSON.",
         (
             ("quick", "true for a smoke run of seconds"),
             ("threads", "torch threads"),
