@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -28,6 +30,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from affect.commands.configuration import sweep_job
 from affect.errors import ConfigError
+
+_SHARED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which the processes of a run find each other."""
 
 _LOCAL_TASKS, _LOCAL_RANK, _LOCAL_JOB = "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_JOB_ID"
 
@@ -57,6 +62,27 @@ def join_tasks() -> None:
     port = 15000 + int(os.environ[_LOCAL_JOB]) % 10000  # the same for all tasks of a job, as Lightning does on Slurm
     os.environ |= {"LOCAL_RANK": rank, "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     setattr(rank_zero_only, "rank", int(rank))  # noqa: B010
+
+
+@contextmanager
+def processes_of_a_run() -> Iterator[None]:
+    """Let go of the processes that a run started, so that the next run of this process starts its own.
+
+    Within a run they stay: a refit, and the arms of a comparison, go on with those of the first training.
+    """
+    started_here = "LOCAL_RANK" not in os.environ
+    before = {name: os.environ.get(name) for name in _SHARED}
+    try:
+        yield
+    finally:
+        if started_here and "LOCAL_RANK" in os.environ:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def check_tasks(trainer: pl.Trainer) -> None:

@@ -35,7 +35,14 @@ from affect.callbacks import (
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.acceleration import check_precision, compile_encoders, resolve_batching, scale_learning_rate
 from affect.commands.check import verified
-from affect.commands.distributed import check_tasks, cluster_environment, join_tasks, use_own_launcher, wait_for_all
+from affect.commands.distributed import (
+    check_tasks,
+    cluster_environment,
+    join_tasks,
+    processes_of_a_run,
+    use_own_launcher,
+    wait_for_all,
+)
 from affect.commands.landmarks import POINTS, TYPICAL_FACES, typical_points
 from affect.commands.run_folder import (
     RESULTS,
@@ -85,7 +92,7 @@ def run(config: DictConfig) -> float | None:
     """
     torch.set_float32_matmul_precision("high")
     join_tasks()
-    with preemptible():
+    with preemptible(), processes_of_a_run():
         output = resolve_output(config)
         score = train(config, output)
         if config.get("compare"):
