@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``affect compress``: methods of ``affect.compression`` on a trained model, a report per layer, and a new release."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from affect import export
+from affect.commands import assembly, evaluate
+from affect.commands.configuration import is_given
+from affect.commands.export import parity_faces, predicted
+from affect.commands.release import require_free
+from affect.commands.run_folder import CONFIG
+from affect.commands.train import quiet
+from affect.compression.base import Chain, Data, Transform, backbone, relative_error, run_chain
+from affect.compression.report import count_macs, stored_size, table
+from affect.compression.structure import replace_layer, structure
+from affect.data.datamodule import FaceDataModule
+from affect.data.protocol import TRAIN, VALIDATION
+from affect.errors import ConfigError, near
+from affect.files import replacing
+from affect.models.base import AffectModule
+from affect.release import (
+    CARD,
+    COMPRESSION,
+    FILES,
+    QUANTIZATION,
+    Release,
+    build_model,
+    build_tasks,
+    check_config,
+    read_release,
+    write_release,
+)
+from affect.report import write_json
+from affect.tasks import Task
+
+REPORT, LAYERS = "compression.json", "compression.md"
+BLAMED = 3
+"""Layers that are named where a chain loses more than its tolerance."""
+
+
+def run(config: DictConfig) -> None:
+    """Compress ``checkpoint`` and write the release, ``compression.json`` and ``compression.md`` to ``out``.
+
+    Raises:
+        ConfigError: If methods are missing, in the wrong order, or lack data; or a network cannot be treated.
+        CheckpointError: If the checkpoint cannot be read.
+    """
+    quiet()
+    pl.seed_everything(int(config.seed), verbose=False)
+    console = Console()
+    transforms = build_transforms(config)
+    folder = Path(config.checkpoint).expanduser()
+    trust = list(config.trust)
+    release = read_release(folder, trust)
+    if QUANTIZATION in release.config:
+        raise ConfigError(
+            f"checkpoint={folder} was quantized while it was trained: export it as it is, or compress a float run"
+        )
+    out = Path(config.out).expanduser() if config.out else folder / "compressed" / "-".join(t.name for t in transforms)
+    require_free_of_others(out, bool(config.force))
+    tasks = with_losses(release, trust)
+    module = build_model(release, tasks)
+    encoders = list(module.encoder_modules())
+    if not encoders:
+        raise ConfigError(f"a {type(module).__name__} has no encoder that could be compressed")
+    image, shown = parity_faces(release.preprocess)
+    expected = predicted(module, image)
+    before = {"bytes": stored_size(module), "macs": model_macs(module, image)}
+    images = None
+    if any({"images", "losses", "train", "score"} & set(t.needs) for t in transforms):
+        images = training_data(config, release, trust, tasks)
+    reports = []
+    for name, encoder in encoders:
+        data = encoder_data(config, module, encoder, images)
+        network = backbone(encoder).eval()
+        original = copy.deepcopy(network)
+        chain = run_chain(network, transforms, data, encoder.normalise(image))  # type: ignore[operator]
+        reports.append((name, chain))
+        print_chain(console, name, chain)
+        found = predicted(module, image)
+        parity = export.differences(expected, found, tasks)
+        losing = {task: one for task, one in parity.items() if one.mean > float(config.tolerance) * one.scale}
+        for task, one in losing.items():
+            console.print(
+                f"[bold]warning[/bold]: {task} changes by {one.mean:.3g} on average on {shown}, more than tolerance="
+                f"{config.tolerance} of its scale {one.scale:.3g}",
+                highlight=False,
+            )
+        if losing:
+            console.print(blame_text(original, network, encoder.normalise(image)), highlight=False, markup=False)  # type: ignore[operator]
+    after = {"bytes": stored_size(module), "macs": model_macs(module, image)}
+    found = predicted(module, image)
+    parity = export.differences(expected, found, tasks)
+    written = {
+        "methods": [t.name for t in transforms],
+        "settings": OmegaConf.to_container(config.compression, resolve=True),
+        "checkpoint": str(config.checkpoint),
+        "before": before,
+        "after": after,
+        "compared_on": shown,
+        "differences": {k: one._asdict() for k, one in parity.items()},
+        "encoders": {n: [r.plain() for r in chain.reports] for n, chain in reports},
+    }
+    write(out, release, module, written, [report for _, chain in reports for report in chain.reports])
+    check_written(out, trust, image, found)
+    print_totals(console, before, after, parity, shown)
+    console.print(f"[bold]{out}[/bold]: a release, {REPORT}, {LAYERS}", soft_wrap=True)
+    console.print(f"evaluate it: affect evaluate checkpoint={out}", markup=False, soft_wrap=True)
+
+
+def build_transforms(config: DictConfig) -> list[Transform]:
+    """Return the methods of ``compression`` in order.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    nodes = config.compression if isinstance(config.compression, DictConfig) else {}
+    if not nodes:
+        from affect.commands.configuration import config_directory
+
+        known = sorted(path.stem for path in (config_directory() / "compression").glob("*.yaml"))
+        raise ConfigError(f"name what to do: compression=[<method>,…]; there are {', '.join(known)}")
+    return [assembly.make(node, f"compression.{name}") for name, node in nodes.items()]
+
+
+def require_free_of_others(out: Path, force: bool) -> None:
+    """Refuse a folder that holds anything but a compressed release that is to be replaced."""
+    if force and out.is_dir():
+        for name in (REPORT, LAYERS):
+            (out / name).unlink(missing_ok=True)
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if held & {REPORT, LAYERS} and held <= {*FILES, REPORT, LAYERS}:
+        raise ConfigError(f"out={out}: holds a release; force=true replaces it")
+    require_free(out, force)
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+
+def with_losses(release: Release, trust: list[str]) -> dict[str, Task]:
+    """Return the tasks of a release, with the losses of its run where it lies in one."""
+    path = release.folder.parent / CONFIG
+    loaded = OmegaConf.load(path) if path.is_file() else None
+    nodes = OmegaConf.to_container(loaded.task) if isinstance(loaded, DictConfig) and "task" in loaded else {}
+    assert isinstance(nodes, dict)
+    added: dict[str, Any] = {}
+    for name, node in release.config["task"].items():
+        stored = nodes.get(name)
+        losses = {k: stored[k] for k in ("loss", "target") if stored.get(k)} if isinstance(stored, dict) else {}
+        check_config(losses, [*trust, "affect.losses"], str(path), f"task.{name}")
+        added[str(name)] = {**node, **losses}
+    return build_tasks(replace(release, config={**release.config, "task": added}))
+
+
+def training_data(config: DictConfig, release: Release, trust: list[str], tasks: Mapping[str, Task]) -> FaceDataModule:
+    """Return the data of the run, whose training part methods look at."""
+    settings = evaluate.data_settings(config, release, trust)
+    stored = evaluate.stored_run(release, trust)
+    recipe, _ = evaluate.crop_recipe(settings, release, stored, is_given("prepare"))
+    sources = assembly.build_sources(settings, recipe, hold_out=True)
+    datamodule = assembly.build_datamodule(settings, sources, dict(tasks), int(release.preprocess["image_size"]))
+    datamodule.setup("fit")
+    return datamodule
+
+
+def encoder_data(config: DictConfig, module: AffectModule, encoder: nn.Module, source: FaceDataModule | None) -> Data:
+    """Return what methods may use of a run's data, as far as the methods asked for any."""
+    if not hasattr(encoder, "normalise"):
+        raise ConfigError(f"a {type(encoder).__name__} cannot be compressed: it does not say how it normalises images")
+    if source is None:
+        return Data(seed=int(config.seed))
+    most = int(config.data.images)
+    if most < 1:
+        raise ConfigError(f"data.images={most}: at least one image is needed")
+    batches = [encoder.normalise(batch.image) for batch in source.part_dataloader(TRAIN, most)]
+    labelled = bool(module.losses)
+    return Data(
+        images=batches,
+        losses=partial(training_losses, module, source) if labelled else None,
+        train=partial(fine_tune, module, source, config) if labelled else None,
+        score=partial(validation_score, module, source) if labelled and len(source.part_rows(VALIDATION)) else None,
+        seed=int(config.seed),
+    )
+
+
+def total_loss(module: AffectModule, batch: Any) -> Tensor:  # noqa: ANN401
+    """Return the weighed loss of a batch through the inference path, with a graph."""
+    terms = module.task_terms(module(batch), batch)
+    weighed = list(module.weighting(terms).values())
+    return torch.stack([value.sum() for value in weighed]).sum()
+
+
+def training_losses(module: AffectModule, source: FaceDataModule, batches: int = 8) -> Iterator[Tensor]:
+    """Yield the loss of the model as it is on the first batches of its training part, the same at every call."""
+    loader = source.part_dataloader(TRAIN, batches * source.batch_size)
+    for batch in itertools.islice(loader, batches):
+        yield total_loss(module.eval(), batch)
+
+
+@torch.no_grad()
+def validation_score(module: AffectModule, source: FaceDataModule) -> float:
+    """Return minus the mean loss on the validation part."""
+    module.eval()
+    total, count = 0.0, 0
+    for batch in source.part_dataloader(VALIDATION):
+        total += float(total_loss(module, batch)) * len(batch.image)
+        count += len(batch.image)
+    return -total / max(count, 1)
+
+
+def fine_tune(module: AffectModule, source: FaceDataModule, config: DictConfig, steps: int) -> None:
+    """Train the model in place for a number of steps, as its run did but at one small rate."""
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    chosen = str(config.training.optimizer)
+    if chosen not in kinds:
+        raise ConfigError(f"training.optimizer={chosen}: {near(chosen, kinds)}")
+    module.optimizer, module.scheduler = partial(kinds[chosen], lr=float(config.training.lr)), None
+    trainer = pl.Trainer(
+        max_steps=int(steps),
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+    module.train()
+    trainer.fit(module, train_dataloaders=source.train_dataloader())
+    module.cpu().eval()
+
+
+# ----------------------------------------------------------------------------------------------------- results
+
+
+def model_macs(module: AffectModule, image: Tensor) -> int:
+    """Return multiplications of one image through convolutions and linear layers."""
+    return sum(count_macs(module, lambda: predicted(module, image[:1])).values())
+
+
+@torch.no_grad()
+def blame(original: nn.Module, compressed: nn.Module, images: Tensor) -> list[tuple[str, float]]:
+    """Return layers by how much each alone changes the original's output, the worst first.
+
+    Each layer of the compressed network whose weight has the original's shape is put into the original alone. A layer
+    that changed together with others (folded, pruned) cannot be judged so and is left out.
+    """
+    expected = original(images)
+    found = []
+    after = dict(compressed.named_modules())
+    folded = any(type(layer).__name__ == "WithoutNorm" for layer in after.values())
+    if folded:
+        return []
+    for name, layer in original.named_modules():
+        other = after.get(name)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(layer, nn.Conv2d | nn.Linear) or other is None or type(other) is type(layer):
+            continue
+        if weight is None or tuple(other.current_weight().shape) != tuple(weight.shape):  # type: ignore[operator]
+            continue
+        replace_layer(original, name, other)
+        found.append((name, relative_error(expected, original(images))))
+        replace_layer(original, name, layer)
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def blame_text(original: nn.Module, compressed: nn.Module, images: Tensor) -> str:
+    """Return which layers lose most."""
+    found = blame(original, compressed, images)[:BLAMED]
+    if not found:
+        return "which layer it is cannot be told alone: layers were changed together; run the methods one by one"
+    told = ", ".join(f"{name} ({error:.1%} of the output)" for name, error in found)
+    return f"each alone, the layers that change the output most: {told}; protect=[{found[0][0]}] leaves one out"
+
+
+def write(out: Path, release: Release, module: AffectModule, written: dict[str, Any], reports: list[Any]) -> None:
+    """Write the release, its report and the table of layers."""
+    plain = build_model_as_configured(release)
+    node: dict[str, dict[str, Any]] = {}
+    for name, encoder in module.encoder_modules():
+        for key, layers in structure(plain.get_submodule(name), encoder).items():
+            node.setdefault(key, {}).update({f"{name}.{layer}": settings for layer, settings in layers.items()})
+    config = {**{k: v for k, v in release.config.items() if k != COMPRESSION}, COMPRESSION: node}
+    note = f"\nCompressed: {', '.join(written['methods'])}. The metrics above are those of the model before.\n"
+    card = (release.folder / CARD).read_text(encoding="utf-8") if (release.folder / CARD).is_file() else ""
+    metrics = {**release.metrics, "measured_before_compression": written["methods"]}
+    with replacing(_made(out) / LAYERS) as part:
+        part.write_text(table(reports) + "\n", encoding="utf-8")
+    write_json(out / REPORT, written)
+    state = module.release_state()
+    training = release.training or described_run(release)
+    write_release(
+        out, state, config, release.labels, release.preprocess, metrics, card + note, release.people, training
+    )
+
+
+def described_run(release: Release) -> dict[str, Any]:
+    """Return what a published release says of its training, for one that lies in its run."""
+    from affect.commands.release import describe_training, run_results
+
+    folder = release.folder.parent
+    return describe_training(folder, run_results(folder)) if (folder / CONFIG).is_file() else {}
+
+
+def build_model_as_configured(release: Release) -> AffectModule:
+    """Return the model that the node ``model`` builds, before any compression."""
+    plain = {k: v for k, v in release.config.items() if k != COMPRESSION}
+    if COMPRESSION not in release.config:
+        return build_model(replace(release, config=plain), build_tasks(release))
+    from hydra.utils import instantiate
+
+    return instantiate(plain["model"], _partial_=True, _convert_="object")(tasks=build_tasks(release)).eval()
+
+
+def check_written(out: Path, trust: list[str], image: Tensor, found: Mapping[str, Tensor]) -> None:
+    """Read a release back and compare what it predicts."""
+    release = read_release(out, trust, "out")
+    again = predicted(build_model(release, build_tasks(release)), image)
+    for name, value in found.items():
+        if not torch.allclose(again[name], value, rtol=1e-4, atol=1e-5):
+            raise RuntimeError(f"{out}: the written release predicts other values of {name} than the compressed model")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def print_chain(console: Console, name: str, chain: Chain) -> None:
+    """Print what each method did."""
+    shown = Table(title=name)
+    for column in ("method", "layers", "totals", "change of the output"):
+        shown.add_column(column, justify="left" if column in ("method", "totals") else "right")
+    for report in chain.reports:
+        totals = ", ".join(f"{key} {value:.4g}" for key, value in report.totals.items())
+        shown.add_row(report.method, str(len(report.layers)), totals, f"{report.error:.2e}")
+    console.print(shown)
+    for note in (note for report in chain.reports for note in report.notes):
+        console.print(f"note: {note}", highlight=False)
+
+
+def print_totals(
+    console: Console, before: Mapping[str, int], after: Mapping[str, int], parity: Mapping[str, Any], shown: str
+) -> None:
+    """Print bytes, multiplications and how far the predictions moved."""
+    console.print(
+        f"bytes {before['bytes']:,} → {after['bytes']:,} ({before['bytes'] / max(after['bytes'], 1):.2f} times fewer); "
+        f"multiplications of an image {before['macs']:,} → {after['macs']:,}",
+        highlight=False,
+    )
+    for name, one in parity.items():
+        console.print(
+            f"{name}: values move by {one.mean:.3g} on average on {shown} (scale {one.scale:.3g})", highlight=False
+        )
