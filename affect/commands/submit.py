@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from affect.commands import inference
+from affect import labels
+from affect.commands import decisions, inference
+from affect.commands.run_folder import RESULTS
 from affect.commands.train import quiet
 from affect.data.dataset import FaceDataset, collate
 from affect.data.images import FileImages, Source
@@ -23,7 +25,7 @@ from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError, DataError
 from affect.geometry import CropRecipe
-from affect.release import build_model, build_tasks, read_release
+from affect.release import PREPROCESS, build_model, build_tasks, read_plain, read_release
 from affect.report.submission import (
     FALLBACK,
     TRACKS,
@@ -50,12 +52,9 @@ def run(config: DictConfig) -> None:
         raise ConfigError(f"track={config.track}: write one of {', '.join(TRACKS)}")
     if bool(config.predictions) == bool(config.checkpoint):
         raise ConfigError("one of predictions=<table of affect evaluate> and checkpoint=<run> is needed")
-    thresholds = config.thresholds
-    if OmegaConf.is_dict(thresholds):
-        thresholds = OmegaConf.to_container(thresholds)
     listed = read_sample(config.sample, config.track) if config.sample else None
     if config.predictions:
-        table = read_predictions(Path(config.predictions).expanduser())
+        table = FaceTable.read_parquet(find_predictions(Path(config.predictions).expanduser()))
     else:
         if listed is None or not config.root:
             raise ConfigError("checkpoint=… predicts the frames of sample=… in root=<folder of Aff-Wild2>: give both")
@@ -65,16 +64,59 @@ def run(config: DictConfig) -> None:
     images, frames = listed if listed is not None else every_frame(predicted)
     filling = fill(frames, predicted)
     columns = {name: table.numbers(name)[0] for name in table.names.intersection(columns_of(config.track))}
+    thresholds, origin = chosen_thresholds(config)
     answers = decide(config.track, columns, thresholds)
     out = Path(config.out or f"submission_{config.track}.txt").expanduser()
     write_submission(out, config.track, images, filling, answers)
-    for line in said(frames, filling, listed is None):
+    lines = said(frames, filling, listed is None)
+    if "au" in answers:
+        lines.append(f"action units are present from {_listed(thresholds)} on: {origin}")
+    for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"[bold]{out}[/bold]: {len(images)} lines behind the header", highlight=False)
 
 
-def read_predictions(path: Path) -> FaceTable:
-    """Return a predictions table, or the only one in the ``predictions`` of a run or an evaluation."""
+def chosen_thresholds(config: DictConfig) -> tuple[float | dict[str, float], str]:
+    """Return from which probability action units are present, one number or one by name, and where it comes from.
+
+    Given ones come first, then those that the checkpoint holds, or the run or evaluation in which the predictions lie.
+
+    Raises:
+        CheckpointError: If stored ones are damaged.
+    """
+    given = config.thresholds
+    if given is not None:
+        return OmegaConf.to_container(given) if OmegaConf.is_dict(given) else given, "thresholds=…"
+    if config.checkpoint:
+        release = read_release(Path(config.checkpoint).expanduser(), list(config.trust))
+        where, holder = release.folder / PREPROCESS, release.preprocess
+    else:
+        where = find_predictions(Path(config.predictions).expanduser()).parent.parent / RESULTS
+        holder = read_plain(where) if where.is_file() else {}
+    stored = decisions.read_thresholds(holder, str(where)) if isinstance(holder, Mapping) else None
+    names = [labels.au_output(number) for number in labels.AU_SETS["affwild2"]]
+    for values in (stored or {}).get("values", {}).values():
+        if set(names) <= set(values):
+            rule = (stored or {})["rule"]
+            return {name: float(values[name]) for name in names}, f"the {rule} ones of {where.parent}"
+    return 0.5, f"{where} holds none" if stored is None else f"{where} holds none of these action units"
+
+
+def _listed(thresholds: float | Mapping[str, float]) -> str:
+    if not isinstance(thresholds, Mapping):
+        return f"{thresholds:g}"
+    if len(set(thresholds.values())) == 1:
+        return f"{next(iter(thresholds.values())):g}"
+    return ", ".join(f"{name} {value:.3g}" for name, value in thresholds.items())
+
+
+def find_predictions(path: Path) -> Path:
+    """Return a predictions table, or the only one in the ``predictions`` of a run or an evaluation.
+
+    Raises:
+        ConfigError: If there are several, or none.
+        DataError: If there is no such file.
+    """
     if path.is_dir():
         found = sorted(path.glob("predictions/*.parquet")) or sorted(path.glob("*.parquet"))
         if len(found) != 1:
@@ -83,7 +125,7 @@ def read_predictions(path: Path) -> FaceTable:
         path = found[0]
     if not path.is_file():
         raise DataError(f"predictions={path}: no such file")
-    return FaceTable.read_parquet(path)
+    return path
 
 
 def answered(table: FaceTable, track: str) -> FaceTable:

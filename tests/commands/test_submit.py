@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 from affect.commands import submit, train
 from affect.commands.main import main
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError
+from affect.labels import AU_SETS
 from affect.report.submission import TRACKS
 
 
@@ -92,6 +96,46 @@ def test_predictions_may_be_a_folder_with_one_table(run, tmp_path, compose):
     FaceTable.read_parquet(folder / "predictions" / "test.parquet").to_parquet(tmp_path / "predictions" / "x.parquet")
     submit.run(compose("submit", "track=au", f"predictions={tmp_path}", f"out={tmp_path}/a.txt"))
     assert (tmp_path / "a.txt").read_text().startswith(TRACKS["au"].header)
+
+
+def test_thresholds_come_from_the_run_and_are_told(run, tmp_path, compose, capsys):
+    folder, tree = run
+    names = [f"AU{k}" for k in AU_SETS["affwild2"]]
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    tuned = {name: 0.02 * k for k, name in enumerate(names)}
+    for path in (copy / "results.json", copy / "release" / "preprocess.json"):
+        held = json.loads(path.read_text())
+        assert set(held["thresholds"]["values"]["au"]) == set(names), "a run stores the fixed ones, too"
+        held["thresholds"] = {"rule": "tuned", "values": {"au": tuned}, "part": "validation", "rows": 9}
+        path.write_text(json.dumps(held))
+
+    def answers(*words):
+        submit.run(compose("submit", "track=au", f"out={tmp_path}/out.txt", "data.num_workers=0", *words))
+        lines = (tmp_path / "out.txt").read_text().splitlines()[1:]
+        return [line.split(",", 1)[1] for line in lines], " ".join(capsys.readouterr().out.split())
+
+    table = f"predictions={copy}/predictions/test.parquet"
+    explicit = "thresholds={" + ",".join(f"{name}:{value}" for name, value in tuned.items()) + "}"
+    wanted, said = answers(table, explicit)
+    assert "AU26 0.22 on: thresholds=…" in said
+    found, said = answers(table)
+    assert found == wanted
+    assert (
+        "AU1 0, AU2 0.02, AU4 0.04, AU6 0.06, AU7 0.08, AU10 0.1, AU12 0.12, AU15 0.14, AU23 0.16, " in said
+    )
+    assert f"AU26 0.22 on: the tuned ones of {copy}" in said
+    assert answers(table, "thresholds=0.5")[0] != wanted
+
+    sample = tmp_path / "sample.txt"
+    sample.write_text("\n".join([TRACKS["au"].header, *(f"{name}," for name in listed(tree))]) + "\n")
+    by_checkpoint, said = answers(f"checkpoint={copy}", f"root={tree}", f"sample={sample}")
+    assert f"the tuned ones of {copy}/release" in said
+    assert len(by_checkpoint) == len(listed(tree))
+
+    shutil.copy(copy / "predictions" / "test.parquet", tmp_path / "alone.parquet")
+    assert "present from 0.5 on" in answers(f"predictions={tmp_path}/alone.parquet")[1]
+    assert "present from 0.5 on: the fixed ones" in answers(f"predictions={folder}/predictions/test.parquet")[1]
 
 
 def test_the_first_word_is_the_track(capsys):
