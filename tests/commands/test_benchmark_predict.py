@@ -33,6 +33,7 @@ def test_stages_are_those_of_one_run(tmp_path: Path) -> None:
     assert row["detect, ms/frame"] == pytest.approx(1000 * measured["stages"]["detect"] / 6)
 
 
+@pytest.mark.slow
 def test_the_model_alone_is_measured_in_each_form() -> None:
     rows = predict.model_alone(predict.make_predictor(quick=True), rounds=1)
     assert rows[0]["what"] == "model alone: torch float"

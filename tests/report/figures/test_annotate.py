@@ -10,7 +10,7 @@ import pytest
 from skimage.data import astronaut
 
 from affect.errors import DataError
-from affect.report.figures import FaceNote, annotate, annotate_face, annotate_faces, enlargement, style
+from affect.report.figures import FaceNote, annotate, annotate_face, annotate_faces, annotate_frame, enlargement, style
 
 BARS = {"AU1": 0.1, "AU12": 0.93, "AU6": 0.8, "bs_mouthLowerDownRightWithAnEndlessName": 0.95, "AU4": math.nan}
 FULL = {
@@ -215,3 +215,37 @@ def test_grey_pictures_become_rgb_and_bad_input_is_refused():
 def test_the_same_input_gives_the_same_picture():
     first = annotate_face(astronaut(), [178, 70, 272, 178], **FULL)
     assert (first == annotate_face(astronaut(), [178, 70, 272, 178], **FULL)).all()
+
+
+@pytest.mark.parametrize("shape", [(360, 640), (120, 160), (720, 400)])
+def test_frames_of_a_video_give_pictures_of_one_size_with_all_text_inside(written, shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    sizes = set()
+    for count in (0, 1, 2, 9):
+        step = shape[1] / 10
+        faces = [FaceNote([k * step, 5, k * step + 30, 40], number=k + 3, **FULL) for k in range(count)]
+        sizes.add(annotate_frame(image, faces).shape)
+        width, height = written["size"]
+        for text, x0, y0, x1, y1 in written["texts"]:
+            assert x0 >= 0, text
+            assert y0 >= 0, text
+            assert x1 <= width, text
+            assert y1 <= height, text
+        texts = [text for text, *_ in written["texts"]]
+        assert ("no face found" in texts) == (count == 0)
+        cards = sum(text.startswith("face ") for text in texts)
+        [further] = [text for text in texts if "more face" in text] or ["0"]
+        assert cards + int(further.split()[0]) == count, "each face has a card or is counted"
+        assert {str(k + 3) for k in range(count)} <= set(texts), "each face is numbered in the picture"
+    assert len(sizes) == 1
+
+
+def test_single_bars_may_have_their_own_full_value(written):
+    face = FaceNote(
+        [0, 0, 9, 9], bars={"AU12": 0.9, "AU12 (au_intensity)": 2.0}, bar_limits={"AU12 (au_intensity)": 5.0}
+    )
+    annotate_frame(np.zeros((360, 640, 3), np.uint8), [face])
+    names = [text for text, *_ in written["texts"] if text.startswith("AU12")]
+    assert [name.split()[1] for name in names] == ["lip", "(au_intensity)"], "ordered by how full the bars are"
+    with pytest.raises(DataError, match="bar_limit 0"):
+        annotate_frame(np.zeros((90, 90, 3), np.uint8), [FaceNote(bars={"a": 1.0}, bar_limits={"a": 0.0})])
