@@ -157,3 +157,28 @@ class TestInAModel:
         module.training_step(make_batch(), 0).backward()
         optimizer.step()
         assert all((s != 0).all() for s in module.weighting.parameters())
+
+
+def test_known_deviations_are_weights_that_stay():
+    weighting = make(train=False, initial={"a": {"y": 0.5}, "b": 3.0})
+    found = weighting(terms())
+    assert float(found["a"]) == pytest.approx(0.3 + 0.02 / 0.25 + math.log(0.5))
+    assert float(found["b"]) == pytest.approx(0.5 * 4.0 / 9 + math.log(3))
+    assert not any(parameter.requires_grad for parameter in weighting.parameters())
+    sigma = weighting.findings()["sigma"]
+    assert sigma["a"] == pytest.approx({"x": 1.0, "y": 0.5})
+    assert sigma["b"] == pytest.approx({"v": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("initial", "message"),
+    [
+        ({"c": 1.0}, r"weighting\.initial: no task 'c'"),
+        ({"a": {"z": 1.0}}, r"weighting\.initial\.a: no output 'z'"),
+        ({"b": 0.0}, r"weighting\.initial\.b: a standard deviation of 0"),
+        ({"b": 1e9}, "weighting.limit=5"),
+    ],
+)
+def test_initial_deviations_that_cannot_be_are_refused(initial, message):
+    with pytest.raises(ConfigError, match=message):
+        make(initial=initial)

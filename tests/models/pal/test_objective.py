@@ -163,3 +163,65 @@ def test_a_look_at_a_model_changes_nothing_and_knows_where_landmarks_are():
     for k in range(3):
         wanted = torch.corrcoef(torch.stack([maps[k].flatten(), prior[k].flatten()]))[0, 1]
         torch.testing.assert_close(found[k], wanted, atol=1e-5, rtol=1e-4)
+
+
+class TestMeasuring:
+    def test_an_objective_of_weight_0_leaves_training_as_it_is(self):
+        plain, watched = make(PrivilegedAttribution(LAYER)), make(PrivilegedAttribution(LAYER, weight=0.0))
+        del plain.objectives["pal"]
+        batch = make_batch()
+        for module in (plain, watched):
+            module.log = lambda *arguments, **more: None
+        losses_found = [module.training_step(batch, 0) for module in (plain, watched)]
+        assert torch.equal(*losses_found)
+        for loss in losses_found:
+            loss.backward()
+        for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+    def test_correlations_are_those_of_every_image_with_landmarks(self):
+        module, batch = make(PrivilegedAttribution(LAYER, weight=0.0)).eval(), make_batch()
+        found = module.examine(lambda part: [batch, batch] if part == "test" else None)["objectives"]["pal"]
+        assert found["layer"] == LAYER
+        for kind in ("grad_input", "grad"):
+            other = make(PrivilegedAttribution(LAYER, kind=kind)).eval()
+            each = other.objectives["pal"].look(other, batch)[1]
+            assert found[kind]["rows"] == 6
+            assert each.isnan().tolist() == [False, False, False, True]
+            assert found[kind]["correlation"] == pytest.approx(float(each[:3].mean()), abs=1e-5)
+        assert not module.training
+
+    def test_a_correlation_that_does_not_exist_is_none(self):
+        module, batch = make(PrivilegedAttribution("encoder.model.layer4")).eval(), make_batch()
+        unknown = dataclasses.replace(batch, point_masks={"68": torch.zeros(4, 68, dtype=torch.bool)})
+        found = module.examine(lambda part: [unknown])["objectives"]["pal"]
+        assert found["grad_input"] == {"correlation": None, "rows": 0}
+        # Behind the last map there is only an average: its gradient is the same everywhere.
+        assert module.examine(lambda part: [batch])["objectives"]["pal"]["grad"]["correlation"] is None
+
+    def test_a_frozen_encoder_is_looked_at_and_stays_frozen(self):
+        module = make(PrivilegedAttribution(LAYER, weight=0.0), trainable="none").eval()
+        found = module.examine(lambda part: [make_batch()])["objectives"]["pal"]
+        assert found["grad_input"]["rows"] == 3
+        assert not any(parameter.requires_grad for parameter in module.encoder.parameters())
+
+    def test_shuffled_priors_are_those_of_other_images(self):
+        batch = make_batch()
+        found = terms(make(PrivilegedAttribution(LAYER, shuffled=True)).eval(), batch)
+        rolled = dataclasses.replace(
+            batch,
+            points={"68": batch.points["68"].roll(1, 0)},
+            point_masks={"68": batch.point_masks["68"].roll(1, 0)},
+        )
+        torch.testing.assert_close(found.sum, terms(make().eval(), rolled).sum)
+        assert found.count.tolist() == [3.0]
+        assert not torch.allclose(found.sum, terms(make().eval(), batch).sum)
+
+    def test_a_prior_that_is_the_same_everywhere_trains_nothing(self):
+        module = make().eval()
+        objective = module.objectives["pal"]
+        objective.prior = lambda batch, size: (torch.ones(4, *size), torch.ones(4, dtype=torch.bool))
+        term = terms(module, make_batch())
+        assert float(term.sum.detach()) == pytest.approx(0, abs=1e-4)
+        (gradient,) = torch.autograd.grad(term.sum.sum(), module.head.linear["expression"].weight)
+        assert float(gradient.abs().max()) < 1e-4
