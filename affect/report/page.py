@@ -81,7 +81,8 @@ def run_page(folder: Path) -> str:
         parts.append(f"<h2>{escape(str(part))}</h2>")
         note = provenance(results, str(part))
         parts.append(html_table(results_table(records, note=note)))
-        parts += [html_table(table) for table in subgroup_tables(records, note=note)]
+        if any(record.get("subgroup") for record in records):
+            parts += [html_table(table) for table in subgroup_tables(records, note=note)]
     parts += _figures(sorted(path for path in (folder / "figures").rglob("*") if path.suffix in _TYPES), folder)
     for name, heading in (("release/README.md", "Model card"), ("config.yaml", "Configuration")):
         if (folder / name).is_file():

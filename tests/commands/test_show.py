@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,3 +105,18 @@ def test_a_folder_without_results_is_an_error_of_one_line(compose: Callable[...,
     with pytest.raises(DataError, match=r"no results\.json in it") as error:
         show.run(compose("show", f"run={tmp_path}"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_figures(compose: Callable[..., DictConfig], run_folder: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    cv2.imwrite(str(run_folder / "figures" / "curves.png"), np.full((100, 200, 3), (255, 0, 255), np.uint8))
+    show.run(compose("show", f"run={run_folder}"))
+    picture = tmp_path / "page.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=900,4000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]
+    subprocess.run([*command, (run_folder / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    pixels = cv2.imread(str(picture)).astype(int)
+    assert (np.abs(pixels - (255, 0, 255)).max(-1) < 8).sum() > 15_000, "the page shows its own pictures"
