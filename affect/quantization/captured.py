@@ -82,6 +82,7 @@ class Captured(nn.Module):
                 setattr(self, key, value)
         self.graph, self.name_in_model, self.weight_bits = graph, name, dict(quantizers)
         self.observers_frozen = self.converted_graph = self.calibrating = False
+        self._observing: tuple[bool, bool] | None = None
         self._layers = dict(original.layer_index()) if hasattr(original, "layer_index") else {}  # type: ignore[operator]
         self._undecayed: set[str] = set()
         inner = getattr(original, "model", None)
@@ -101,8 +102,10 @@ class Captured(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return what the original returns, computed by quantized layers."""
-        if not self.converted_graph and not self.training and not self.calibrating:
-            self.refresh()
+        if not self.converted_graph and not self.calibrating:
+            self._observe()
+            if not self.training:
+                self.refresh()
         return self.graph(image)
 
     # --------------------------------------------------------------------------------------------- quantizers
@@ -125,23 +128,23 @@ class Captured(nn.Module):
             if isinstance(quantizer.scale, nn.Parameter):
                 yield quantizer.scale
 
-    def train(self, mode: bool = True) -> Captured:
-        """Set the mode of batch norm and dropout, and observe ranges of activations in training only.
+    def _observe(self) -> None:
+        """Observe ranges of activations in training only.
 
-        Those of weights are no statistics but what the weights are, so they follow until they are frozen.
+        Those of weights are no statistics but what the weights are, so they follow until they are frozen. The mode is
+        asked for here: Lightning sets the attribute ``training`` behind a validation, and calls no ``train()``.
         """
-        super().train(mode)
+        if self._observing == (self.training, self.observers_frozen):
+            return
+        self._observing = (self.training, self.observers_frozen)
         for name, quantizer in self.quantizers():
-            follows = name in self.weight_bits or mode
+            follows = name in self.weight_bits or self.training
             learned = isinstance(quantizer.scale, nn.Parameter)
             quantizer.observer_enabled[0] = int(follows and not learned and not self.observers_frozen)  # type: ignore[index, operator]
-        return self
 
     def freeze_observers(self) -> None:
         """Let ranges be what they are from now on."""
-        if not self.observers_frozen:
-            self.observers_frozen = True
-            self.train(self.training)
+        self.observers_frozen = True
 
     def refresh(self) -> None:
         """Set steps and zero points to what the observed ranges say: an average of weights averages ranges only."""
@@ -157,7 +160,7 @@ class Captured(nn.Module):
         """Let the ranges, or the learned steps, be those of the batch that is passed through inside this context."""
         norms = [sub for sub in self.graph.modules() if isinstance(sub, SwitchedBatchNorm)]
         held = {name: buffer.clone() for name, buffer in self.graph.named_buffers() if self.QUANTIZER not in name}
-        before = self.training
+        before, self._observing = self.training, None
         for _, quantizer in self.quantizers():
             _forget(quantizer)
             quantizer.observer_enabled[0] = 1  # type: ignore[index, operator]
@@ -193,6 +196,7 @@ class Captured(nn.Module):
         shell = copy.deepcopy(self).eval()
         if shell.converted_graph:
             return shell
+        shell._observe()
         shell.refresh()
         graph = shell.graph
         with torch.no_grad():

@@ -257,9 +257,22 @@ def finished(module: AffectModule) -> AffectModule:
                 setattr(parent, key, child.converted())
     for sub in list(baked.modules()):
         if parametrize.is_parametrized(sub) and not isinstance(sub, parametrize.ParametrizationList):
-            for key in list(sub.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(sub, key, leave_parametrized=True)
+            _bake(sub)
     return baked.eval()
+
+
+def _bake(module: nn.Module) -> None:
+    """Make the levels of a module's weights its parameters.
+
+    Not ``remove_parametrizations``: it takes the weights' properties off a class that copies share.
+    """
+    keys = list(module.parametrizations)  # type: ignore[arg-type, call-overload]
+    levels = {key: getattr(module, key).detach().clone() for key in keys}
+    trained = {key: module.parametrizations[key].original.requires_grad for key in keys}  # type: ignore[index, union-attr]
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for key, value in levels.items():
+        module.register_parameter(key, nn.Parameter(value, requires_grad=trained[key]))
 
 
 def latent_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
