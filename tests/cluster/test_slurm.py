@@ -31,12 +31,12 @@ SETTINGS = (
     "model.dropout=0.3",
     "data.limit=40",
     "trainer.accelerator=cpu",
-    "trainer.max_epochs=30",
-    "trainer.check_val_every_n_epoch=10",
+    "trainer.max_epochs=12",
+    "trainer.check_val_every_n_epoch=4",
     "bootstrap.resamples=0",
     "figures=false",
 )
-STEPS = 300
+STEPS = 120
 SUBMITIT = ("hydra/launcher=submitit_slurm", "hydra.launcher.max_num_timeout=5", "hydra.launcher.mem_gb=1")
 AFFECT = (sys.executable, "-m", "affect.commands.main", "train", "--config-dir", str(HERE / "extension" / "conf"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}

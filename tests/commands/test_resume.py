@@ -48,8 +48,8 @@ def _train(folder: Path) -> None:
     train.run(_config(folder))
 
 
-def _train_until(folder: Path, step: int) -> None:
-    """Train and kill the process after ``step`` optimiser steps."""
+def _kill_after(step: int) -> None:
+    """Let the next training kill this process after ``step`` optimiser steps."""
     import pytorch_lightning as pl
 
     from affect.commands import train
@@ -67,6 +67,11 @@ def _train_until(folder: Path, step: int) -> None:
         return trainer
 
     train.build_trainer = with_kill
+
+
+def _train_until(folder: Path, step: int) -> None:
+    """Train and kill the process after ``step`` optimiser steps."""
+    _kill_after(step)
     _train(folder)
 
 
@@ -102,7 +107,7 @@ def _outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     results = json.loads((folder / "results.json").read_text())
     last = torch.load(folder / "last.ckpt", weights_only=True)
     kept = {key: results[key] for key in ("metrics", "selection", "history", "data", "labels")}
-    return load_file(folder / "release" / "model.safetensors"), last["current_model_state"] | last["state_dict"], kept
+    return load_file(folder / "release" / "model.safetensors"), last.get("current_model_state", {}) | last["state_dict"], kept
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +217,104 @@ def _train_with_seed(folder: Path, seed: int) -> None:
     config = _config(folder)
     config.seed = seed
     train.run(config)
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+FACES = tuple(setting for setting in SMALL if not setting.startswith("encoder"))
+COMMON = (
+    *FACES,
+    "callbacks.last.every_n_steps=2",
+    "data.limit=20",
+    f"trainer.max_epochs={EPOCHS}",
+    "bootstrap.resamples=0",
+    "figures=false",
+)
+RESNET = ("encoder=timm", "encoder.name=test_resnet", "encoder.image_size=32")
+EXOGENOUS = ("task.exogenous.column=pose_yaw", "task.exogenous.bins=[-30,-10,10,30]")
+METHODS: dict[str, tuple[str, ...]] = {
+    "monet": (*RESNET, "task=[au]", "model=monet", "callbacks=[default,ema]"),
+    "pal": (
+        *(*RESNET, "task=[expression]", "objective=[privileged_attribution]"),
+        *("objectives.pal.layer=encoder.model.layer3", "callbacks=[default,ema]"),
+    ),
+    "thin": (
+        *("encoder=plain_convolutions", "encoder.image_size=24", "encoder.widths=[4,6]", *EXOGENOUS),
+        *("task=[expression,exogenous]", "model=thin", "model.experts=4", "model.hidden=[8]"),
+        *("model.exogenous.classes=3", "model.exogenous.hidden=[5]", "model.exogenous.random=true"),
+    ),
+    "decafa": (
+        *("encoder=pixels", "encoder.image_size=16", "task=[landmarks]", "model=decafa", "model.stages=2"),
+        *("model.widths=[4,6]", "model.convolutions=1"),
+    ),
+    "quantized weights": (*RESNET, "task=[au]", "callbacks=[default,ema,qat]", "callbacks.qat.weights=4"),
+    "quantized": (*RESNET, "task=[au]", "callbacks=[default,qat_int8]"),
+}
+"""Settings of each method that holds state of its own while it trains, or draws; add new ones here."""
+
+
+def _train_method(folder: Path, name: str) -> None:
+    from affect.commands import train
+    from affect.commands.configuration import compose
+
+    torch.set_num_threads(1)
+    paths = (f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}")
+    train.run(compose("train", [*COMMON, *METHODS[name], *paths]))
+
+
+def _train_method_until(folder: Path, name: str, step: int) -> None:
+    _kill_after(step)
+    _train_method(folder, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_continues_exactly(name: str, tmp_path: Path) -> None:
+    steps = np.random.default_rng(sorted(METHODS).index(name)).choice(np.arange(1, EPOCHS * STEPS), 2, replace=False)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert _run(_train_method, whole, name) == 0
+    for step in sorted(steps.tolist()):
+        assert _run(_train_method_until, killed, name, step) == -signal.SIGKILL
+    assert _run(_train_method, killed, name) == 0
+    _same(killed, whole)
+
+
+# ----------------------------------------------------------------------------------------------- full disk
+
+
+def _train_until_full(folder: Path, write: int) -> None:
+    """Train on a disk that is full in the middle of the ``write``-th checkpoint, for all that this process writes."""
+    import resource
+    import sys
+
+    from affect.errors import CheckpointError
+
+    save, count = torch.save, 0
+
+    def full(checkpoint: object, file: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == write:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        save(checkpoint, file)
+
+    torch.save = full
+    try:
+        _train(folder)
+    except CheckpointError as error:
+        (folder / "said").write_text(str(error))
+        sys.exit(2)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    assert _run(_train_until_full, folder, 4) == 2
+    said = (folder / "said").read_text()
+    assert "last.ckpt: cannot be written (File too large); the last one that was written stays" in said
+    assert "\n" not in said
+    assert (
+        torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
+    )  # 2, 4, the epoch's end; then 7 fails
+    assert not list(folder.glob(".last*")), "half of a file is left"
+    assert _run(_train, folder) == 0
+    _same(folder, uninterrupted)
