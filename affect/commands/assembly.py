@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 from tqdm import tqdm
 
-from affect.commands.configuration import config_directory
+from affect.commands.configuration import config_directory, missing_package
 from affect.commands.prepared import load_prepared, require_croppable
 from affect.commands.run_folder import is_first_process
 from affect.data.check import EXAMPLES, LEFT_OUT
@@ -59,6 +59,9 @@ def translated(error: BaseException, what: str) -> AffectError:
         if isinstance(inner, AffectError):
             return inner
         last, inner = inner, inner.__cause__
+    optional = missing_package(last)
+    if optional is not None:
+        return ConfigError(f"{what}: {optional}")
     if isinstance(last, ModuleNotFoundError):
         return ConfigError(f"{what}: {last}; install it, or for a package of yours add --config-dir <its conf folder>")
     lines = [line.strip() for line in str(last).splitlines() if line.strip()]

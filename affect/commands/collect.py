@@ -38,6 +38,8 @@ from affect.report import environment, provenance, read_json, write_json
 TEST_PART = re.compile(r"(dataset\.sources\.[^.]+\.)?protocol\.test")
 """Keys of the test part, which with the seed are all that may differ inside a setting."""
 
+UNNAMED = ""
+
 NOT_RUNS = (SELECTION, "compare", "release", "collect", ".submitit")
 """Folders inside of a run or a sweep whose contents are no runs of the sweep."""
 
@@ -146,6 +148,10 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
     if not any(setting.runs for setting in settings.values()):
         said = [f"{name}: {reason}" for name, s in settings.items() for reason in s.reasons.values()]
         raise DataError(f"{folder}: no finished run" + (f" ({said[0]})" if said else ""))
+    if set(settings) == {UNNAMED}:
+        only = settings.pop(UNNAMED)
+        only.name = str(next(iter(only.runs.values())).results["name"])
+        settings[only.name] = only
     return settings, bool(data and data.get("trials"))
 
 
@@ -174,8 +180,8 @@ def _name(varied: Mapping[str, str], results: Mapping[str, Any] | None, by: Sequ
         return next(iter(pairs.values())).strip("'\"")
     if pairs:
         return " ".join(f"{key}={value}" for key, value in pairs.items())
-    # The setting of a sweep over seeds and test parts alone: unnamed jobs are of the one that others name.
-    return "all" if listed else f"{results['name']} {results['dataset']}" if results else "all"
+    # The setting of a sweep over seeds and test parts alone has the name of its runs, which missing ones do not tell.
+    return UNNAMED if listed or results is None else f"{results['name']} {results['dataset']}"
 
 
 def _reason(folder: Path, job: Mapping[str, Any] | None) -> str:
@@ -537,7 +543,8 @@ def _compare(
     def differences(drawn: Tensor) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for seed in seeds:
-            a, b = ({}, {})
+            a: dict[str, Tensor] = {}
+            b: dict[str, Tensor] = {}
             for pool_a in pools[first, seed, task]:
                 a |= pool_a(drawn)
             for pool_b in pools[second, seed, task]:
@@ -555,14 +562,16 @@ def _compare(
                 resampled.setdefault(key, []).append(value)
     ends = percentile_intervals({key: torch.cat(values) for key, values in resampled.items()}, float(config.level))
     why = f"only {number} groups" if number < FEWEST_GROUPS else "no resamples"
-    return [
-        report.Comparison(
-            *(first, second, dataset, task, key, point[key]),
-            *(ends.get(key) or (nan, nan)),
-            *(len(seeds), number, directions[key], "" if ends.get(key) else why),
+    found = []
+    for key, value in point.items():
+        low, high = ends.get(key) or (nan, nan)
+        said = "" if ends.get(key) else why
+        found.append(
+            report.Comparison(
+                first, second, dataset, task, key, value, low, high, len(seeds), number, directions[key], said
+            )
         )
-        for key in point
-    ]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- writing

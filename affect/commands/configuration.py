@@ -185,7 +185,7 @@ def expand_sources(hydra: Hydra, command: str, overrides: Sequence[str]) -> list
                 brought[name] = next(iter(choices[dataset].get(group, ())), None)
                 line += [f"+{own}={brought[name]}"] if brought[name] else []
             if own in given or brought.get(name):
-                for key, value in (override.lstrip("+").split("=", 1) for override in keys):
+                for key, value in (_followed(override) for override in keys):
                     place = f"dataset.sources.{name}.{key}"
                     line += [f"++{place}={value}"] if place not in given else []
         chosen = set(brought.values()) - {None}
@@ -194,6 +194,18 @@ def expand_sources(hydra: Hydra, command: str, overrides: Sequence[str]) -> list
             common = chosen.pop() if len(chosen) == 1 else next(filter(None, brought.values()))
             line.append(f"{group}={common if group == 'prepare' or len(set(brought.values())) == 1 else 'default'}")
     return line
+
+
+def _followed(override: str) -> tuple[str, str]:
+    """Return key and value of an override as sources take it; one of several values is followed, not swept again."""
+    from hydra.errors import HydraException
+
+    key, _, value = override.lstrip("+").partition("=")
+    try:
+        several = parse_overrides([override])[0].is_sweep_override()
+    except HydraException:
+        several = False
+    return key, f"${{{key}}}" if several else value
 
 
 def _of_the_run(hydra: Hydra, command: str, overrides: Sequence[str]) -> list[str]:
@@ -443,14 +455,26 @@ def explain_run(error: BaseException) -> str | None:
         if isinstance(cause, AffectError):
             return one_line(cause)
     for cause in _causes(error):
-        if isinstance(cause, ModuleNotFoundError) and (cause.name or "").partition(".")[0] in _EXTRAS:
-            module = str(cause.name).partition(".")[0]
-            return f"the package {module} is not installed; pip install 'affect[{_EXTRAS[module]}]'"
+        said = missing_package(cause)
+        if said is not None:
+            return said
     if isinstance(error, InstantiationException):
         return _explain_instantiation(error)
     if isinstance(error, OmegaConfBaseException):
         return _explain_omegaconf(error)
     return None
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return what to install for an error about a package that is optional here; None for other errors."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    # Lightning's loggers name what they require in the text alone.
+    required = re.match(r"Requirement '([\w-]+)", str(error)) or re.match(r"You want to use `([\w-]+)`", str(error))
+    module = (error.name or (required[1] if required else "")).partition(".")[0]
+    if module not in _EXTRAS:
+        return None
+    return f"the package {module} is not installed; pip install 'affect[{_EXTRAS[module]}]'"
 
 
 def explain_composition(error: Exception, hydra: Hydra, command: str, overrides: Sequence[str]) -> str:

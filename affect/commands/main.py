@@ -536,8 +536,8 @@ def _sweep(hydra: Hydra, command: Command, line: Line, config: DictConfig, modul
     # sweepers have a rule of their own for failures, and get an exception.
     collects = str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper")
     job = Job(command.name, modules, line.traceback, raises=not collects)
-    about = {"command": command.name, "line": line.overrides}
-    about |= {"config_dir": None if line.config_dir is None else str(line.config_dir)}
+    config_dir = None if line.config_dir is None else str(line.config_dir)
+    about = {"command": command.name, "line": line.overrides, "config_dir": config_dir}
     records: list[sweeps.Record] = []
     try:
         sweeps.run_sweep(hydra, command.name, job, overrides, about, command.finished, print, records.append)
@@ -557,7 +557,8 @@ def _sweep(hydra: Hydra, command: Command, line: Line, config: DictConfig, modul
     if lines:
         _say_lines(command.name, lines)
     elif command.finished:
-        print(f"{len(record.entries)} jobs finished: {record.folder}\nnext: {sweeps.next_line(record)}", flush=True)
+        print(f"{sweeps.counted(len(record.entries))} finished: {record.folder}")
+        print(f"next: {sweeps.next_line(record)}", flush=True)
     return record.code
 
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from affect.commands import assembly, configuration, train
-from affect.commands.run_folder import CODE, RESULTS, contents, is_first_process
+from affect.commands.run_folder import CODE, CONFIG, RESULTS, contents, is_first_process
 from affect.errors import ConfigError, near
 from affect.report import environment, read_json, write_json
 
@@ -37,7 +37,7 @@ def run(config: DictConfig) -> float | None:
     if missing:
         raise ConfigError(f"{path}: no results of affect train (it has no {missing[0]})")
     out = new_folder(path.parent, config.out)
-    again, notes = stored_config(before["config"], out, [str(change) for change in config.change])
+    again, notes = stored_config(in_order(before, path.parent), out, [str(change) for change in config.change])
     with open_dict(again):
         again.trust = list(dict.fromkeys([*again.get("trust", []), *config.trust]))
     now = environment()
@@ -93,6 +93,23 @@ def new_folder(beside: Path, given: str | None) -> Path:
     while (beside / f"rerun{number}" / RESULTS).is_file():
         number += 1
     return (beside / f"rerun{number}").absolute()
+
+
+def in_order(results: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the configuration of results with its keys in the order that the run had, in which weights are drawn."""
+    keys = results.get("config_keys")
+    if keys is None and (folder / CONFIG).is_file():
+        keys = [key for key, _ in configuration.leaves(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))]
+    ordered: dict[str, Any] = {}
+    places = {key: position for position, key in enumerate(keys or ())}
+    found = list(configuration.leaves(results["config"]))
+    for key, value in sorted(found, key=lambda leaf: places.get(leaf[0], len(places))):
+        node = ordered
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return ordered
 
 
 def stored_config(stored: Mapping[str, Any], out: Path, changes: Sequence[str] = ()) -> tuple[DictConfig, list[str]]:
@@ -239,13 +256,13 @@ def number_differences(
         }
 
     a, b = flat(then), flat(now)
-    found = []
+    found: list[dict[str, Any]] = []
     for name in dict.fromkeys([*a, *b]):
         old, new = a.get(name, math.nan), b.get(name, math.nan)
         if old != new and not (math.isnan(old) and math.isnan(new)):
             text = f"{name}: {old:.6g} then, {new:.6g} now"
             found.append({"name": name, "then": old, "now": new, "text": text})
-    found.sort(
-        key=lambda each: -abs(each["then"] - each["now"]) if math.isfinite(each["then"] - each["now"]) else -math.inf
-    )
+    gaps = [abs(a.get(each["name"], math.nan) - b.get(each["name"], math.nan)) for each in found]
+    order = sorted(range(len(found)), key=lambda k: -gaps[k] if math.isfinite(gaps[k]) else -math.inf)
+    found = [found[k] for k in order]
     return found, len(dict.fromkeys([*a, *b]))

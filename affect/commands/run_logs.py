@@ -50,6 +50,8 @@ def log_results(loggers: Sequence[Any], folder: Path, results: Mapping[str, Any]
             log_picture(logger, path, step)
         logger.save()
         logger.finalize("success")
+        if type(logger).__name__ == "WandbLogger":
+            logger.experiment.finish()  # or the next run of this process would write into this one
 
 
 def log_picture(logger: Any, path: Path, step: int) -> None:  # noqa: ANN401

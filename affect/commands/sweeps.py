@@ -443,7 +443,7 @@ class Keeper:
             begun = [e for e in left if e not in done and (len(left) == 1 or (self._folder(e) / RUN_LOCK).exists())]
             if not begun and not done:
                 begun = left
-            self.say(f"the launcher failed ({line}); {len(begun)} jobs that had begun are launched one by one")
+            self.say(f"the launcher failed ({line}); launched one by one: {counted(len(begun))} that had begun")
             for entry in begun:
                 try:
                     if len(left) > 1:
@@ -474,7 +474,7 @@ class Keeper:
             if slurm and entry.state == SUBMITTED and entry.job and (queued is None or entry.job in queued):
                 jobs[entry.number] = submitit.SlurmJob(params["submitit_folder"], entry.job, tuple(tasks))
         if jobs:
-            self.say(f"{len(jobs)} jobs of an earlier start are still in Slurm's queue; waiting for them too")
+            self.say(f"in Slurm's queue from an earlier start, waiting for: {counted(len(jobs))}")
         new = [entry for entry in missing if entry.number not in jobs]
         if new:
             for entry, job in zip(new, self._submit(new), strict=True):
@@ -482,7 +482,7 @@ class Keeper:
                 entry.state, entry.reason, entry.job = SUBMITTED, None, job.job_id if slurm else None
             self.record.write()
         if slurm and new:
-            self.say(f"submitted {len(new)} jobs to Slurm ({_ids(new)}); logs in {params['submitit_folder']}")
+            self.say(f"submitted to Slurm: {counted(len(new))} ({_ids(new)}); logs in {params['submitit_folder']}")
         try:
             return self._wait({entry.number: (entry, jobs[entry.number]) for entry in missing}, slurm)
         except KeyboardInterrupt:
@@ -614,6 +614,11 @@ def last_line(path: Path) -> str:
     return told[-1][:300] if told else ""
 
 
+def counted(number: int) -> str:
+    """Return a number of jobs as text."""
+    return "1 job" if number == 1 else f"{number} jobs"
+
+
 def _ids(entries: Sequence[Entry]) -> str:
     ids = [str(entry.job) for entry in entries]
     return ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
@@ -654,8 +659,7 @@ def summary(record: Record) -> list[str]:
     failed = [entry for entry in sorted(record.entries, key=lambda e: e.number) if entry.state == FAILED]
     if not failed:
         return []
-    plural = "" if len(record.entries) == 1 else "s"
-    lines = [f"{len(failed)} of {len(record.entries)} job{plural} failed; the same line runs what is missing:"]
+    lines = [f"{len(failed)} of {counted(len(record.entries))} failed; the same line runs what is missing:"]
     return lines + [f"  {entry.reason}" for entry in failed]
 
 

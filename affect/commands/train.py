@@ -35,6 +35,7 @@ from affect.callbacks import (
 from affect.commands import assembly, decisions, figures, inference
 from affect.commands.acceleration import check_precision, compile_encoders, resolve_batching, scale_learning_rate
 from affect.commands.check import verified
+from affect.commands.configuration import leaves
 from affect.commands.distributed import (
     check_tasks,
     cluster_environment,
@@ -381,6 +382,8 @@ def _train(
     results["environment"] = starts[-1]["environment"]  # of the code that ran, not of what lies there by now
     results["starts"] = len(starts)
     results["made_of"] = made_of
+    # JSON is written with sorted keys, but weights are drawn in the order of tasks and objectives.
+    results["config_keys"] = [key for key, _ in leaves(results["config"])]
     results["initial_weights"] = {"encoder": encoder_origins(module), "init": taken}
     results["quantization"] = None if module.quantization is None else module.quantization.report(module)
     results["batch"] = batching.describe()

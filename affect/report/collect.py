@@ -224,7 +224,7 @@ def score_tables(
     task: str,
     settings: Mapping[str, tuple[Mapping[int, Mapping[str, float]], Mapping[int, Mapping[str, float]]]],
     higher: Mapping[str, bool],
-    references: Mapping[str, Mapping[str, Any]] | None = None,
+    references: Mapping[str, Mapping[str, Any] | None] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> list[ScoreTable]:
     """Return a table for each quantity of a task.

@@ -268,6 +268,16 @@ def test_a_folder_without_a_list_and_settings_by_key(sweep):
     assert cells(data, "optimizer.lr=0.01")[1] == 3
 
 
+def test_a_sweep_over_seeds_and_folds_has_the_name_of_its_runs(sweep):
+    data = read_json(sweep / "sweep.json")
+    jobs = [entry for entry in data["jobs"] if entry["varied"].pop("optimizer.lr") == "0.001"]
+    write_json(sweep / "sweep.json", data | {"varied": ["seed", "protocol.test"], "jobs": jobs})
+    (sweep / "0" / "results.json").unlink()
+    told = collected(sweep)
+    assert cells(told, "train")[1] == 2
+    assert [(e["setting"], e["seed"]) for e in told["left_out"]] == [("train", 1)]
+
+
 def test_trials_of_a_search_are_not_compared(sweep):
     data = read_json(sweep / "sweep.json")
     write_json(sweep / "sweep.json", data | {"trials": 18, "sweeper": "optuna"})

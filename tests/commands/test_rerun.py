@@ -16,7 +16,7 @@ from affect.errors import ConfigError, DataError
 from affect.report import read_json, write_json
 from tests.conftest import SMALL
 
-QUICK = (*SMALL, "task=[au]", "data.limit=12", "bootstrap.resamples=0", "figures=false")
+QUICK = (*SMALL, "task=[expression,au]", "data.limit=12", "bootstrap.resamples=0", "figures=false")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,17 @@ def test_the_same_run_gives_the_same_numbers_in_a_new_folder(run, capsys):
     assert told["compared"] == sum(map(len, then["metrics"].values())) > 0
     assert f"all {told['compared']} numbers are those of then" in capsys.readouterr().out
     assert str(run.parent / "run") not in json.dumps(now["config"]["callbacks"])
+
+
+def test_keys_keep_their_order_although_json_sorts_them(run):
+    results = read_json(run / "results.json")
+    assert list(results["config"]["task"]) == ["au", "expression"]
+    assert list(rerun.in_order(results, run)["task"]) == ["expression", "au"]
+    del results["config_keys"]
+    ordered = rerun.in_order(results, run)  # of an earlier version: by the file beside it
+    assert list(ordered["task"]) == ["expression", "au"]
+    assert ordered == results["config"]
+    assert rerun.in_order(results, run / "elsewhere") == results["config"]
 
 
 def test_what_differs_is_said_before_anything_starts(run, capsys):

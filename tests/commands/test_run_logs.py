@@ -46,8 +46,13 @@ class Recorder:
 
 
 class WandbLogger(Recorder):
+    finished = False
+
     def log_image(self, key, images, step):
         self.pictures[key] = images
+
+    def finish(self):
+        self.finished = True
 
 
 class MLFlowLogger(Recorder):
@@ -92,6 +97,7 @@ def test_every_logger_gets_the_same_scalars_and_its_pictures(tmp_path):
     assert tuple(pixels.shape) == (4, 6, 3)
     assert int(pixels.max()) == 7
     assert loggers[3].pictures == {}
+    assert loggers[0].finished
 
 
 def test_settings_are_flat_and_without_what_changes_nothing():

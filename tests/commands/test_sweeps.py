@@ -358,6 +358,23 @@ def test_shipped_sweeps_compose_every_kind_of_job(path):
                 assert str(job.protocol.test) == (first | {key: value})["protocol.test"]
 
 
+def test_sources_follow_the_test_part_of_a_sweep():
+    """Each job has one test part, not one for the run and another for each source."""
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    with configuration.open_hydra("train") as hydra:
+        line = configuration.expand_sources(hydra, "train", ["dataset=[bp4d,disfa]", "protocol.test=P1,P2"])
+        swept = [o.get_key_element() for o in configuration.parse_overrides(line) if o.is_sweep_override()]
+        assert swept == ["protocol.test"]
+        job = hydra.compose_config("train", [*(o for o in line if "P1,P2" not in o), "protocol.test=P2"], RunMode.RUN)
+        sources = OmegaConf.to_container(job.dataset.sources, resolve=False)
+        assert {name: node["protocol"]["test"] for name, node in sources.items()} == dict.fromkeys(
+            ("bp4d", "disfa"), "${protocol.test}"
+        )
+        assert (job.dataset.sources.bp4d.protocol.test, job.dataset.sources.disfa.protocol.test) == ("P2", "P2")
+
+
 @pytest.mark.parametrize("name", ["slurm", "local"])
 def test_shipped_launchers_have_the_keys_of_their_classes(name):
     from hydra.utils import get_class
