@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from affect.callbacks import preemptible
 from affect.commands import assembly
 from affect.commands.run_folder import RESULTS, is_first_process
 from affect.errors import ConfigError, near
@@ -50,6 +51,7 @@ TUNE = "tune"
 """Folder of the runs that choose a setting of each arm."""
 
 
+@preemptible()
 def run(config: DictConfig) -> None:
     """Train what is missing of the experiment's cells and write its table, numbers and figure."""
     from affect.commands import train
