@@ -259,3 +259,106 @@ def test_a_release_normalises_as_the_packaged_weights_did(tmp_path: Path) -> Non
         expected, found = module.encoder(image), rebuilt.encoder(image)
     assert torch.allclose(expected, found, atol=1e-6)
     assert rebuilt.encoder.mean == module.encoder.mean == (127 / 255,) * 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("model", "hidden"), 1 << 40),
+        (("model", "encoder", "arguments"), {"width_per_group": 1 << 24}),
+    ],
+)
+def test_a_config_cannot_ask_for_all_memory(folder: Path, keys: tuple, value: object) -> None:
+    if "arguments" in keys:
+        change(folder, "model", "encoder", "name", value="resnet18")
+    change(folder, *keys, value=value)
+    with pytest.raises(CheckpointError, match=r"asks for tensors of more than|does not fit|width_per_group") as error:
+        build(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_large_tensor_that_the_model_does_not_have_is_refused(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"one.more": torch.zeros(4096, 4096)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="unexpected tensors"):
+        build(folder)
+    save_file(state | {"head.linear.au.bias": torch.zeros(4096)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        build(folder)
+
+
+def test_a_header_that_claims_more_than_the_file_has_is_refused(folder: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_release(folder)
+    (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + bytes(16))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_release(folder)
+
+
+def test_a_pickle_under_any_name_does_not_run(folder: Path, tmp_path: Path) -> None:
+    import os
+    import pickle
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    payload = pickle.dumps(Payload())
+    for name in ("model.safetensors", "labels.json", "preprocess.json", "config.yaml", "training.json", "people.json"):
+        before = (folder / name).read_bytes() if (folder / name).is_file() else None
+        (folder / name).write_bytes(payload)
+        with pytest.raises(CheckpointError) as error:
+            read_release(folder)
+        assert "\n" not in str(error.value)
+        (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
+    # One that lies beside is not looked at.
+    (folder / "last.ckpt").write_bytes(payload)
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    build(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: &a {a: *a}\nmodel: {}\n", "contains itself"),
+        (
+            "task:\n  a0: &a0 [1, 1]\n"
+            + "".join(f"  a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 40))
+            + "model: {}\n",
+            "more than 5000000 values",
+        ),
+        ("task: {}\nmodel: " + "[" * 1500 + "\n", "nested too deep|config.yaml"),
+        ("task: {}\nmodel: 2001-99-99\n", "config.yaml"),
+    ],
+)
+def test_a_text_that_would_take_for_ever_is_refused(folder: Path, text: str, message: str) -> None:
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_release(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_texts_of_any_size_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("affect.release.TEXT_BYTES", 1000)
+    (folder / "labels.json").write_text(" " * 2000)
+    with pytest.raises(CheckpointError, match=r"labels.json: larger than"):
+        read_release(folder)
+    monkeypatch.undo()
+    for text in ("[" * 200_000, "1" * 5000):
+        (folder / "labels.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"labels.json"):
+            read_release(folder)
+
+
+@pytest.mark.parametrize("name", ["../au", "a/b", "..", "a\\b", "a\x00b", ""])
+def test_names_that_are_paths_are_refused(folder: Path, name: str) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    labels = json.loads((folder / "labels.json").read_text())
+    config["task"][name], labels[name] = config["task"].pop("au"), labels.pop("au")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "labels.json").write_text(json.dumps(labels))
+    with pytest.raises(CheckpointError, match="cannot be named"):
+        read_release(folder)
