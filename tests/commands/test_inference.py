@@ -6,7 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from affect.commands.configuration import config_directory
 from affect.commands.inference import encode_truth, error_lengths, predict_values, predictions_table, table_metrics
 from affect.data.batch import FaceBatch
 from affect.data.dataset import FaceDataset
@@ -203,7 +205,7 @@ def test_full_300w_is_the_weighted_union_of_its_subsets() -> None:
     columns = {"image": [f"{k}.png" for k in range(rows)], "part": parts.tolist()}
     faces = FaceTable.from_columns(columns | {"landmarks_68": truth.reshape(rows, -1).tolist()}, "/data")
     task = landmark_task(threshold=[8, 10])
-    subsets = {"common": "part=common", "challenge": "part=challenge"}
+    subsets = OmegaConf.load(config_directory() / "protocol" / "300w.yaml").subsets
     table = predictions_table(
         [Source("300w", faces, samples.DrawnImages())],
         {"landmarks": task},
@@ -221,3 +223,32 @@ def test_full_300w_is_the_weighted_union_of_its_subsets() -> None:
     for number in ("nme", "fr/8", "fr/10", "auc/8", "auc/10"):
         full = (common * found["common", number]["value"] + challenge * found["challenge", number]["value"]) / rows
         assert found[None, number]["value"] == pytest.approx(full)
+
+
+def test_subsets_of_wflw_overlap_and_are_scored_each() -> None:
+    rows = 80
+    random = np.random.default_rng(1)
+    truth = np.stack([samples.points_68(0, 1, size=300)[0].astype(np.float64)] * rows)
+    guess = truth + random.normal(size=truth.shape) * random.uniform(2, 14, (rows, 1, 1))
+    subsets = OmegaConf.load(config_directory() / "protocol" / "wflw.yaml").subsets
+    flags = {column: (random.random(rows) < 0.3).astype(np.float32) for column in subsets.values()}
+    columns = {"image": [f"{k}.png" for k in range(rows)], "landmarks_68": truth.reshape(rows, -1).tolist()}
+    faces = FaceTable.from_columns(columns | flags, "/data")
+    task = landmark_task()
+    table = predictions_table(
+        [Source("wflw", faces, samples.DrawnImages())],
+        {"landmarks": task},
+        {"landmarks": guess.astype(np.float32)},
+        np.zeros(rows, int),
+        np.arange(rows),
+        subsets=subsets,
+    )
+    found = {(r["subgroup"], r["name"]): r["value"] for r in table_metrics(table, {"landmarks": task}, resamples=0)}
+    errors = 100 * np.linalg.norm(guess - truth, axis=2).mean(1) / np.linalg.norm(truth[:, 36] - truth[:, 45], axis=1)
+    assert 0.1 < (errors > 10).mean() < 0.9
+    for name, column in subsets.items():
+        own = errors[flags[column] > 0]
+        assert found[name, "nme"] == pytest.approx(own.mean(), rel=1e-5)
+        assert found[name, "fr/10"] == pytest.approx((own > 10).mean())
+        assert found[name, "auc/10"] == pytest.approx(np.clip(1 - own / 10, 0, None).mean(), rel=1e-4)
+    assert sum(flags[column].sum() for column in subsets.values()) > np.any(list(flags.values()), axis=0).sum()
