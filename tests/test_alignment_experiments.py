@@ -43,7 +43,7 @@ def cost(config: DictConfig) -> tuple[int, int]:
 def test_direct_regression_has_decafas_budget_and_everything_else_of_it() -> None:
     decafa, regression = composed("experiment=decafa_faces"), composed("experiment=regression_faces")
     for key in (
-        *("dataset", "prepare", "transform", "task", "optimizer", "scheduler", "data", "protocol", "selection", "seed"),
+        *("dataset", "prepare", "transform", "task", "scheduler", "data", "protocol", "selection", "seed"),
         *("trainer", "loss", "weighting", "bootstrap", "callbacks"),
     ):
         one, other = (
