@@ -28,6 +28,7 @@ from affect.geometry import CropRecipe, Detection, FaceApiFinder, TwoStageFinder
 from affect.geometry.templates import FACE_68
 from affect.report.predictions import PredictionsWriter
 from affect.tasks import AUIntensity, AUOccurrence, Expression, HeadPose, Landmarks, Task, ValenceArousal
+from examples.my_extension.task import PainLevel
 
 data = pytest.importorskip("skimage.data")
 
@@ -314,6 +315,16 @@ def test_points_of_the_model_take_the_place_of_the_finders() -> None:
     centre = np.linalg.solve(matrix[:, :2], np.full(2, 0.5 * 24 - 0.5) - matrix[:, 2])
     assert [table["x_7"][0], table["y_7"][0]] == pytest.approx(centre.tolist(), abs=1e-3)
     assert "landmarks_68_x_0" not in table
+
+
+def test_a_task_from_outside_keeps_its_own_columns() -> None:
+    reader = Reader()
+    pain = PainLevel((1, 6))
+    reader.tasks = {"pain": pain}
+    names = Columns(reader, "68", {}).schema.names
+    own = list(pain.decode(np.zeros((1, pain.num_outputs), np.float32)))
+    assert "pain_at_least_6" in own
+    assert names[-len(own) - 1 :] == [*own, "input"]
 
 
 def test_two_outputs_of_one_name_are_refused() -> None:
