@@ -608,8 +608,9 @@ def last_line(path: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    # Slurm's and submitit's own messages say less than what the job wrote before.
-    own = [line.strip() for line in lines if line.strip() and not re.match(r"(slurmstepd|srun|submitit)\b", line)]
+    # Slurm's and submitit's own messages and progress bars say less than what the job wrote before.
+    noise = re.compile(r"(slurmstepd|srun|submitit)\b|.*\d%\|")
+    own = [line.strip() for line in lines if line.strip() and not noise.match(line)]
     told = own or [line.strip() for line in lines if line.strip()]
     return told[-1][:300] if told else ""
 

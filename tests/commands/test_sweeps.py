@@ -324,7 +324,9 @@ def test_jobs_in_the_queue_are_told_from_those_that_left_it(tmp_path, monkeypatc
 
 def test_a_log_is_told_by_what_the_job_wrote_last(tmp_path):
     path = tmp_path / "log"
-    path.write_text("one\naffect train: error: two\nsrun: error: exited\nslurmstepd: error: killed\n")
+    path.write_text(
+        "one\naffect train: error: two\ntest:  50%|##  | 1/2\nsrun: error: exited\nslurmstepd: error: killed\n"
+    )
     assert sweeps.last_line(path) == "affect train: error: two"
     path.write_text("srun: error: node lost\n")
     assert sweeps.last_line(path) == "srun: error: node lost"
