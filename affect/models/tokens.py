@@ -203,7 +203,7 @@ class TokenTransformer(nn.Module):
         encoder_layers: Self-attention layers on patches.
         decoder_layers: Layers of tokens.
         dropout: Rate.
-        placed: Whether patches have learnt positions.
+        placed: Whether patches have learnt positions; False is an ablation.
     """
 
     def __init__(
@@ -243,13 +243,7 @@ class TokenModule(AffectModule):
         encoder: Backbone with ``output=map`` (positions of a convolutional map or of ViT tokens).
         tokens: Which tokens there are: ``method`` (one per yes-or-no output, one per other task), ``task`` (one per
             task) or ``output`` (one per output).
-        dim: Channels of the transformer.
-        heads: Attention heads.
-        hidden: Units of a layer's perceptron.
-        encoder_layers: Self-attention layers on patches.
-        decoder_layers: Layers of tokens.
-        dropout: Rate.
-        placed: Whether patches have learnt positions; False is an ablation.
+        dim, heads, hidden, encoder_layers, decoder_layers, dropout, placed: As in ``TokenTransformer``.
         **common: Arguments of ``AffectModule``.
     """
 
