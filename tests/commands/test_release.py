@@ -92,25 +92,29 @@ def test_a_release_is_evaluated_on_its_own_test_part(compose: Compose, published
     assert found["selection"]["rule"] == "best_val"
 
 
-def test_an_exported_file_gives_the_same_table(compose: Compose, published: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["published", pytest.param("run", marks=pytest.mark.slow)])
+def test_an_exported_file_gives_the_same_table(
+    compose: Compose, published: Path, run: Path, tmp_path: Path, kind: str
+) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     expected = json.loads((run / "results.json").read_text())
-    for name, checkpoint in (("run", run), ("published", published)):
-        file = tmp_path / f"{name}.onnx"
-        export.run(compose("export", f"checkpoint={checkpoint}", f"out={file}", *QUIET[:1]))
-        evaluate.run(compose("evaluate", f"checkpoint={file}", *QUIET))
-        found = results(tmp_path / f"{name}.evaluate" / "faces-test")
-        for number in ("accuracy", "ccc/mean", "f1/mean"):
-            assert score(found, number) == pytest.approx(score(expected, number), abs=1e-4)
-        assert str(run.parent).encode() not in file.read_bytes()
-        assert found["selection"]["rule"] == "best_val"
+    file = tmp_path / "model.onnx"
+    checkpoint = published if kind == "published" else run
+    export.run(compose("export", f"checkpoint={checkpoint}", f"out={file}", *QUIET[:1]))
+    evaluate.run(compose("evaluate", f"checkpoint={file}", *QUIET))
+    found = results(tmp_path / "model.evaluate" / "faces-test")
+    for number in ("accuracy", "ccc/mean", "f1/mean"):
+        assert score(found, number) == pytest.approx(score(expected, number), abs=1e-4)
+    assert str(run.parent).encode() not in file.read_bytes()
+    assert found["selection"]["rule"] == "best_val"
     with pytest.raises(ConfigError, match="is there already; force=true"):
         export.run(compose("export", f"checkpoint={run}", f"out={file}"))
     with pytest.raises(ConfigError, match=r"format=onnx is a file \.onnx"):
         export.run(compose("export", f"checkpoint={run}", f"out={tmp_path / 'x.pt2'}"))
 
 
+@pytest.mark.slow
 def test_int8_takes_its_ranges_from_the_training_part(
     compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -126,9 +130,8 @@ def test_int8_takes_its_ranges_from_the_training_part(
     assert results(tmp_path / "int8.evaluate" / "faces-test")["preprocess"]["exported"] == "onnx_int8"
 
 
-def test_a_file_unlike_its_model_is_not_written(
-    compose: Compose, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_file_unlike_its_model_is_not_written(compose: Compose, run: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     with pytest.raises(CheckpointError, match="does not predict what its model does"):
