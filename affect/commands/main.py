@@ -724,8 +724,10 @@ def _program_help() -> str:
 
 def command_help(command: Command, hydra: Hydra, overrides: Sequence[str] = ()) -> str:
     """Return the help of a command: its groups with their options, its important keys, and examples."""
-    word = f" {'|'.join(command.words)}" if command.words else ""
+    word = f" <{command.word}>" if command.words else ""
     lines = [command.summary, "", f"usage: affect {command.name}{word} [key=value …] [-m] [--config-dir X]", ""]
+    if command.words:
+        lines += [*_table([(f"<{command.word}>", ", ".join(command.words))]), ""]
     try:
         groups = configuration.command_groups(hydra, command.name, overrides)
     except Exception as error:

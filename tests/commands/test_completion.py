@@ -26,7 +26,7 @@ from affect.errors import ConfigError
         ("affect --v", ["--version"]),
         ("affect --completion ", ["bash", "zsh", "fish"]),
         ("affect nope ", []),
-        ("affect benchmark l", ["loader"]),
+        ("affect benchmark l", ["loader", "landmarks"]),
         ("affect train da", ["dataset.", "dataset="]),
         ("affect train dataset=", ["dataset=faces", "dataset=table"]),
         ("affect train dataset=faces,", ["dataset=faces,table"]),
