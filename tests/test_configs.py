@@ -177,7 +177,15 @@ def drawn_trees(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return root
 
 
-ELSEWHERE_RUN = ("pal_", "thin_", "decafa_", "controlled/monet", "controlled/rhls", "controlled/au_", "controlled/thin_digits")
+ELSEWHERE_RUN = (
+    "pal_",
+    "thin_",
+    "decafa_",
+    "controlled/monet",
+    "controlled/rhls",
+    "controlled/au_",
+    "controlled/thin_digits",
+)
 """Experiments that other tests run: tests/test_expression_experiments.py, tests/commands/test_reproduce*.py,
 tests/models/decafa/test_experiments.py."""
 
