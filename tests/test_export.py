@@ -203,3 +203,36 @@ def test_formats_are_checked() -> None:
     assert export.require_format("onnx") == "onnx"
     with pytest.raises(ConfigError, match="format=tflite: write one of onnx, onnx_int8, torch_export"):
         export.require_format("tflite")
+
+
+def quantized(activations: int | None) -> tuple[AffectModule, AffectModule]:
+    """Return a model that was quantized as in training, and its finished copy."""
+    from affect.quantization import Quantization, finished
+
+    module = build("baseline")
+    Quantization(8 if activations else 2, activations, ["encoder"]).apply(module)
+    module.train()
+    with torch.no_grad():
+        for seed in range(4):  # ranges follow what is seen
+            module(FaceBatch(image=images(8, seed=seed), targets={}, masks={}))
+    module.eval()
+    return module, finished(module)
+
+
+@pytest.mark.parametrize("activations", [None, pytest.param(8, marks=pytest.mark.slow)])
+def test_what_a_training_learnt_of_quantization_is_in_the_file(activations: int | None) -> None:
+    if activations is not None:
+        pytest.importorskip("torchao")
+    module, ready = quantized(activations)
+    content = export.onnx_bytes(ready, SIZE, list(module.tasks))
+    assert export.is_quantized(content) == (activations is not None)
+    image = images(6, seed=9)
+    # Without fused operators the runtime computes what the graph says.
+    found = export.program_values(content, module.tasks, image, optimized=False)
+    parity = export.differences(values(module, image), found, module.tasks)
+    assert export.refusal(parity, int8=activations is not None) is None, parity
+    if activations is None:  # the kernels inside the file have the levels of two bits: -1, 0 and 1 times a step
+        held = onnx.load_model_from_string(content).graph.initializer
+        kernels = [onnx.numpy_helper.to_array(one) for one in held if len(one.dims) == 4]
+        assert kernels
+        assert min(len(np.unique(np.abs(kernel[0]).round(6))) for kernel in kernels) <= 3
