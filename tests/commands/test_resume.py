@@ -107,7 +107,11 @@ def _outcome(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     results = json.loads((folder / "results.json").read_text())
     last = torch.load(folder / "last.ckpt", weights_only=True)
     kept = {key: results[key] for key in ("metrics", "selection", "history", "data", "labels")}
-    return load_file(folder / "release" / "model.safetensors"), last.get("current_model_state", {}) | last["state_dict"], kept
+    return (
+        load_file(folder / "release" / "model.safetensors"),
+        last.get("current_model_state", {}) | last["state_dict"],
+        kept,
+    )
 
 
 @pytest.fixture(scope="module")
