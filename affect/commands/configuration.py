@@ -33,6 +33,7 @@ PATH_KEYS = (
     "dataset.sources.*.table",
     "dataset.table",
     "encoder.weights",
+    "finder.checkpoint",
     "folder",
     "init",
     "input",
