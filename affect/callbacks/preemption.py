@@ -26,7 +26,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
-from lightning_fabric.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from affect.callbacks.checkpoint import LAST
 from affect.errors import ConfigError

@@ -19,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed
-from lightning_fabric.plugins.environments import (
+from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
     SLURMEnvironment,
