@@ -213,7 +213,7 @@ COMMANDS = (
         "predict",
         "Read the faces of photographs, videos or a camera; write a table, annotated copies and timelines.",
         (
-            ("checkpoint", "run, release, exported file, packaged:face_expression, or name on the hub"),
+            ("checkpoint", "run, release, exported file, packaged:<name>, or name on the hub"),
             ("input", "image, video, folder of them, pattern such as 'videos/*.mp4', or number of a camera"),
             ("out", "folder to write"),
             ("finder", "face detector and points"),

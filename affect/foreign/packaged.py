@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from affect.errors import CheckpointError, near
+from affect.foreign import mini_xception
 from affect.foreign.adapter import Adapter, Input, Output
 from affect.geometry import faceapi
 from affect.models.base import Batch
@@ -46,6 +47,18 @@ PACKAGED: Mapping[str, Packaged] = MappingProxyType(
             ),
             lambda: faceapi.network("face_expression"),
             faceapi.weights_hash("face_expression"),
+        ),
+        "mini_xception": Packaged(
+            Adapter(
+                "mini_xception",
+                Input(64, colour="GREY", mean=(0.5,), std=(0.5,)),
+                {"expression": Output("expression", mini_xception.EXPRESSIONS)},
+                {"name": "mini_xception", "kind": "box", "size": 64, "margin": 0.1, "border": "replicate"},
+                tested=True,
+                source=f"{mini_xception.ORIGIN}, MIT; trained on FER2013",
+            ),
+            mini_xception.network,
+            mini_xception.SHA256,
         ),
     }
 )
@@ -89,7 +102,6 @@ class PackagedModule:
     def __init__(self, name: str, tasks: Mapping[str, Task]) -> None:
         self.tasks, self.adapter = dict(tasks), PACKAGED[name].adapter
         self.network = PACKAGED[name].build()
-        self.device = torch.device("cpu")
 
     def eval(self) -> PackagedModule:
         """Return itself: the network is in evaluation mode."""
