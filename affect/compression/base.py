@@ -9,7 +9,7 @@ stored without code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -49,6 +49,8 @@ class Data:
         train: Trains the network in place for a number of steps.
         score: Validation score of the network as it is; higher is better.
         seed: Of every draw.
+        example: Normalised images ``(B, 3, H, W)`` of the size that the network is used with, whatever they show;
+            ``run_chain`` fills it in.
     """
 
     images: Sequence[Tensor] = ()
@@ -56,6 +58,7 @@ class Data:
     train: Callable[[int], None] | None = None
     score: Callable[[], float] | None = None
     seed: int = 0
+    example: Tensor | None = None
 
 
 class Transform(Protocol):
@@ -177,6 +180,8 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
         ConfigError: If the order is wrong, data is missing, or a transform cannot treat the network.
     """
     check_order(transforms, data)
+    if data.example is None:
+        data = replace(data, example=images[:2])
     network.eval()
     with torch.no_grad():
         original = network(images)

@@ -41,12 +41,17 @@ class InputGrid(nn.Module):
         signed: Codes -n … n with n = 2^(b-1) - 1, or 0 … 2^b - 1.
         axis: Dimension of the channels: 1 for maps ``(B, C, H, W)``, -1 for vectors and tokens.
         power: Whether codes lie on a grid of powers with the exponent ``exponent``.
+        orders: Codes for an input: the first, and for what each left over one on a grid 2n times as fine (REx).
     """
 
-    def __init__(self, channels: int, bits: int, signed: bool, axis: int = 1, power: bool = False) -> None:
+    def __init__(
+        self, channels: int, bits: int, signed: bool, axis: int = 1, power: bool = False, orders: int = 1
+    ) -> None:
         super().__init__()
         self.channels, self.bits, self.signed, self.axis = int(channels), int(bits), bool(signed), int(axis)
-        self.power = bool(power)
+        self.power, self.orders = bool(power), int(orders)
+        if self.orders < 1:
+            raise ValueError(f"inputs have at least one order, not {orders}")
         self.high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         self.low = -self.high if self.signed else 0
         self.register_buffer("scale", torch.ones(self.channels))
@@ -66,7 +71,12 @@ class InputGrid(nn.Module):
         y = y.round().clamp(self.low, self.high)
         if self.power:
             y = self.high * y.sign() * (y.abs() / self.high).pow(1 / self.exponent)
-        return y * scale + self.shift
+        y = y * scale + self.shift
+        left = 2 ** (self.bits - 1) - 1  # what is left over has both signs
+        for _ in range(self.orders - 1):
+            scale = scale / (2 * left)
+            y = y + ((x - y) / scale).round().clamp(-left, left) * scale
+        return y
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""
@@ -76,16 +86,23 @@ class InputGrid(nn.Module):
             "signed": self.signed,
             "axis": self.axis,
             "power": self.power,
+            "orders": self.orders,
         }
 
 
 class _Compressed(nn.Module):
-    """What compressed convolutions and linear layers share: where weight, bias and inputs come from."""
+    """What compressed convolutions and linear layers share: where weight, bias and inputs come from.
+
+    Attributes:
+        floats: The weight before it became codes, while it is known; later transforms refine codes with it. It is in
+            no state dict, so a layer that was read from a file has None.
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, stored: Mapping[str, Any] | None, inputs: Mapping[str, Any] | None
     ) -> None:
         super().__init__()
+        self.floats: Tensor | None = None
         self.stored: StoredWeight | None = None if stored is None else build_weight(stored)
         if self.stored is None:
             self.weight = nn.Parameter(weight.detach().clone())
@@ -103,6 +120,7 @@ class _Compressed(nn.Module):
         if weight.shape != tuple(self.current_weight().shape):
             raise ValueError(f"codes of shape {weight.shape} for a weight of {tuple(self.current_weight().shape)}")
         if self.stored is None:
+            self.floats = self.weight.detach()
             del self.weight
         self.stored = weight
 
@@ -238,7 +256,9 @@ class CompressedLinear(_Compressed):
 
 
 def _take_over(old: _Compressed, new: _Compressed) -> None:
-    """Copy codes and input grids that the new layer has of the same kind and shape."""
+    """Copy codes and input grids that the new layer has of the same kind and shape, and the weight before codes."""
+    if new.stored is not None:
+        new.floats = old.floats
     for name in ("stored", "inputs"):
         before, after = getattr(old, name), getattr(new, name)
         if before is not None and after is not None and type(before) is type(after):
@@ -248,25 +268,36 @@ def _take_over(old: _Compressed, new: _Compressed) -> None:
 
 
 class WithoutNorm(nn.Module):
-    """What is left of a batch norm that was folded away: nothing, or the activation that timm keeps in it."""
+    """What is left of a batch norm that was folded away: nothing, or the activation that timm keeps in it.
 
-    def __init__(self, original: nn.Module) -> None:
+    Args:
+        original: The normalisation layer.
+        copies: Whether the output is a copy: a batch norm's is a new tensor, into which what follows may write, while
+            others still read the input.
+    """
+
+    def __init__(self, original: nn.Module, copies: bool = False) -> None:
         super().__init__()
+        self.copies = bool(copies)
         self.drop = copy.deepcopy(getattr(original, "drop", None)) or nn.Identity()
         self.act = copy.deepcopy(getattr(original, "act", None)) or nn.Identity()
+        for part in self.modules():
+            if hasattr(part, "inplace"):  # it wrote into the batch norm's output, which is no longer there
+                part.inplace = False
 
     @classmethod
-    def of(cls, original: nn.Module) -> WithoutNorm:
+    def of(cls, original: nn.Module, copies: bool = False) -> WithoutNorm:
         """Return the rest of a normalisation layer."""
-        return cls(original)
+        return cls(original, copies)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of ``x``."""
-        return self.act(self.drop(x))
+        y = self.act(self.drop(x))
+        return y.clone() if self.copies and y is x else y
 
     def settings(self) -> dict[str, Any]:
-        """Return nothing: the original layer says it all."""
-        return {}
+        """Return what ``of`` takes beside the original."""
+        return {"copies": self.copies}
 
 
 LAYERS: dict[str, Any] = {
@@ -286,6 +317,6 @@ def baked(network: nn.Module) -> nn.Module:
     for layer in made.modules():
         if isinstance(layer, _Compressed) and layer.stored is not None:
             weight = nn.Parameter(layer.stored().detach())
-            layer.stored = None
+            layer.stored = layer.floats = None
             layer.weight = weight
     return made
