@@ -23,7 +23,7 @@ def test_a_write_that_dies_leaves_the_last_good_file(tmp_path: Path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(CheckpointError, match="No space left .*the last one that was written stays"):
+    with pytest.raises(CheckpointError, match=r"No space left .*the last one that was written stays"):
         storage.save_checkpoint({"a": torch.zeros(3)}, path)
     assert torch.equal(storage.load_checkpoint(path)["a"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
