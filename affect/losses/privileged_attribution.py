@@ -86,7 +86,7 @@ def privileged_attribution(
         prior: ``(B, h, w)``.
         channels: ``mean`` standardises the mean over channels, ``half_mean`` that over the first half of them and
             leaves the others free, ``all`` standardises each channel and takes the mean of the results, so that every
-            channel is pulled. (After a joint standardisation ``all`` would be the same as ``mean``.)
+            channel is pulled. (Standardised after summing over channels, ``all`` would be the same as ``mean``.)
         scale: :math:`\sigma` as the root of the sum of squares (``norm``) or of their mean (``std``), which is
             larger by the root of the number of positions.
     """

@@ -299,6 +299,7 @@ class MultiOrder(nn.Module):
         known: Tensor | None = None,
         chosen: Tensor | None = None,
         unknown: Unknown = "draw",
+        uniforms: Tensor | None = None,
     ) -> Tensor:
         """Return logits under teacher forcing ``(B, K, T)``.
 
@@ -308,9 +309,10 @@ class MultiOrder(nn.Module):
             known: Which of them there are ``(B, T)``; None takes all.
             chosen: Indices of the orders that are run: ``(K,)`` for all examples, ``(B, K)`` of each; None runs all.
             unknown: See ``TaskCells.forward``.
+            uniforms: See ``TaskCells.forward``.
         """
         orders = self.orders if chosen is None else self.orders[chosen]
-        return self.cells(self.state(vector), orders, labels, known, unknown=unknown)
+        return self.cells(self.state(vector), orders, labels, known, uniforms, unknown)
 
     def forward(self, vector: Tensor, fresh: bool = False) -> Tensor:
         """Return the logit of the mean probability of each task ``(B, T)``.

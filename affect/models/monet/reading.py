@@ -28,6 +28,18 @@ def natural_selected(results: Mapping[str, Any]) -> float | None:
     return float(found["orders"][0]["order"] == found["outputs"])
 
 
+def natural_rank(results: Mapping[str, Any]) -> float | None:
+    """Return the place of the natural order by its loss on held-out labels: 1 if no other order has a smaller one.
+
+    None too where it is not among the orders whose loss is told.
+    """
+    found, told = results["findings"].get("order"), results["findings"].get("order_loss")
+    if found is None or told is None:
+        return None
+    loss = next((entry["loss"] for entry in told["orders"] if entry["order"] == found["outputs"]), None)
+    return None if loss is None else 1.0 + sum(entry["loss"] < loss for entry in told["orders"])
+
+
 def distance_to_natural(results: Mapping[str, Any]) -> float | None:
     """Return the Frobenius distance of the soft order from the natural order's permutation matrix."""
     found = results["findings"].get("order")

@@ -17,6 +17,7 @@ from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
 from affect.models.monet import Monet
 from affect.models.monet.loss import bound
+from affect.models.monet.reading import natural_rank
 from affect.tasks.base import Encoded
 
 AUS = [1, 2, 4, 12]
@@ -205,6 +206,47 @@ def test_findings_say_what_was_learnt():
     assert first["weight"] == pytest.approx(float(model.orders.order_logits.softmax(0)[3]))
     np.testing.assert_allclose(np.array(found["soft_order"]).sum(0), 1)
     assert found["entropy"] < found["uniform_entropy"]
+
+
+def test_the_loss_of_each_order_is_told_on_held_out_labels():
+    model = make().eval()
+    model.orders.order_logits.data[3] = 5.0
+    batches = [make_batch(size=6, missing=0.0), make_batch(size=3, missing=0.0)]
+    told = model.examine({"test": batches}.get)["order_loss"]
+    assert told["rows"] == 9
+    with torch.no_grad():
+        likelihoods = []
+        for batch in batches:
+            chance = model.orders.forced(model.features(batch), batch.targets["au"]).sigmoid()
+            target = batch.targets["au"][:, None]
+            likelihoods.append(torch.where(target == 1, chance, 1 - chance).prod(-1))
+    wanted = -torch.cat(likelihoods).log().mean(0)
+    names = model.tasks["au"].outputs
+    found = {tuple(names.index(name) for name in entry["order"]): entry for entry in told["orders"]}
+    assert [found[tuple(order)]["loss"] for order in model.orders.orders.tolist()] == pytest.approx(wanted.tolist())
+    assert [entry["loss"] for entry in told["orders"]] == sorted(entry["loss"] for entry in told["orders"])
+    assert found[tuple(model.orders.orders[3].tolist())]["weight"] > 0.9
+
+
+def test_the_loss_of_an_order_leaves_missing_labels_out_and_repeats():
+    model = make().eval()
+    batch = make_batch()
+    told = model.examine({"validation": [batch]}.get)["order_loss"]
+    assert told["rows"] == int(batch.masks["au"].any(1).sum())
+    torch.manual_seed(1)
+    batch.targets["au"][~batch.masks["au"]] = torch.nan
+    assert model.examine({"validation": [batch]}.get)["order_loss"] == told
+    batch.masks["au"][:] = False
+    assert "order_loss" not in model.examine({"validation": [batch]}.get)
+
+
+def test_the_rank_of_the_natural_order_counts_smaller_losses():
+    entries = [{"order": list(order), "loss": loss} for order, loss in (("ba", 0.5), ("ab", 0.7))]
+    findings = {"order": {"outputs": ["a", "b"]}, "order_loss": {"orders": entries}}
+    assert natural_rank({"findings": findings}) == 2
+    assert natural_rank({"findings": findings | {"order_loss": {"orders": entries[1:]}}}) == 1
+    assert natural_rank({"findings": findings | {"order_loss": {"orders": entries[:1]}}}) is None
+    assert natural_rank({"findings": {}}) is None
 
 
 @pytest.mark.parametrize(
