@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from affect.commands import decisions, sweeps
 from affect.commands.inference import encode_truth
-from affect.commands.run_folder import CONTENTS, RESULTS, SELECTION, differing
+from affect.commands.run_folder import CONFIG, CONTENTS, RESULTS, SELECTION, differing, held_config
 from affect.data.protocol import part_name
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
@@ -40,7 +40,7 @@ TEST_PART = re.compile(r"(dataset\.sources\.[^.]+\.)?protocol\.test")
 
 UNNAMED = ""
 
-NOT_RUNS = (SELECTION, "compare", "release", "collect", ".submitit")
+NOT_RUNS = (SELECTION, "compare", "release", "collect", ".submitit", "wandb")
 """Folders inside of a run or a sweep whose contents are no runs of the sweep."""
 
 
@@ -116,35 +116,35 @@ def run(config: Any) -> None:  # noqa: ANN401
 def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setting], bool]:
     """Return the settings of a sweep by name, and whether it was a search.
 
-    With ``sweep.json`` its list says which runs there should be and what the sweep varies; without, every run below
-    the folder counts, and ``by`` tells settings apart.
+    With ``sweep.json`` its list says which runs there should be and what the sweep varies; without, every run that was
+    begun below the folder counts, and ``by`` tells settings apart.
 
     Raises:
         DataError: If there is no finished run, or two of one setting, seed and test part.
     """
     data = sweeps.read_sweep(folder)
     settings: dict[str, Setting] = {}
+    missing = []
     for path, job in _folders(folder, data):
-        results = read_json(path / RESULTS) if (path / RESULTS).is_file() else None
-        varied = dict(job["varied"]) if job else {}
-        if results is None:
-            if job is None or by:
-                continue
-            seed, fold = int(varied.get("seed", 1)), _fold_of(varied, None)
-        else:
-            seed, fold = int(results["seed"]), _fold_of(varied, results["config"])
+        if not (path / RESULTS).is_file():
+            missing.append((path, job))
+            continue
+        results, varied = read_json(path / RESULTS), dict(job["varied"]) if job else {}
+        seed, fold = int(results["seed"]), _fold_of(varied, results["config"])
         name = _name(varied, results, by, job is not None)
         setting = settings.setdefault(name, Setting(name))
         setting.expect(seed, fold)
-        if results is None:
-            setting.reasons[seed, fold] = _reason(path, job)
-            continue
         if (seed, fold) in setting.runs:
             raise DataError(
                 f"{name}, seed {seed}, test part {fold}: two runs, {setting.runs[seed, fold].folder} and {path}; "
                 "by=[key] tells settings apart"
             )
         setting.runs[seed, fold] = Run(path, name, seed, fold, results)
+    for path, job in missing:
+        _expect_missing(settings, path, job, by)
+    for setting in settings.values():
+        setting.seeds.sort()
+        setting.folds.sort(key=lambda fold: (int(fold) if fold.isdecimal() else -1, fold))
     if not any(setting.runs for setting in settings.values()):
         said = [f"{name}: {reason}" for name, s in settings.items() for reason in s.reasons.values()]
         raise DataError(f"{folder}: no finished run" + (f" ({said[0]})" if said else ""))
@@ -158,23 +158,48 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
 def _folders(folder: Path, data: Mapping[str, Any] | None) -> Iterable[tuple[Path, dict[str, Any] | None]]:
     if data is not None:
         return [(folder / job["folder"], job) for job in data["jobs"]]
-    found = sorted(path.parent for path in folder.rglob(RESULTS))
-    return [
-        (p, None) for p in found if not set(p.relative_to(folder).parts) & set(NOT_RUNS) and (p / "release").is_dir()
-    ]
+    found = sorted({path.parent for name in (RESULTS, CONFIG) for path in folder.rglob(name)})
+    found = [path for path in found if not set(path.relative_to(folder).parts) & set(NOT_RUNS)]
+    return [(p, None) for p in found if ((p / "release").is_dir() if (p / RESULTS).is_file() else _begun(p))]
 
 
-def _fold_of(varied: Mapping[str, str], config: Mapping[str, Any] | None) -> str:
-    given = [value.strip("'\"") for key, value in varied.items() if TEST_PART.fullmatch(key)]
-    if given:
-        return given[0]
-    return part_name(config["protocol"].get("test")) if config is not None else part_name(None)
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """Return of a run that is not finished what its results would say of its setting; None if it has not begun."""
+    config = held_config(folder)
+    if config is None:
+        return None
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return {"config": plain, "seed": plain["seed"], "name": plain["name"], "dataset": plain["dataset"]["name"]}
+
+
+def _expect_missing(settings: dict[str, Setting], path: Path, job: Mapping[str, Any] | None, by: Sequence[str]) -> None:
+    """Note a run that is not finished in its setting, or, where nothing tells which that is, in each that lacks it."""
+    begun = _begun(path)
+    varied = dict(job["varied"]) if job else {}
+    given = dict(setting.split("=", 1) for setting in job["settings"] if "=" in setting) if job else {}
+    seed = int(begun["seed"] if begun else given.get("seed", 1))
+    fold = _fold_of(varied, begun["config"]) if begun else _given_fold(given)
+    for name in [_name(varied, begun, by, job is not None)] if begun or not by else list(settings):
+        setting = settings.setdefault(name, Setting(name))
+        # Before a run has begun its default test part is known from the others alone.
+        for each in [fold] if fold is not None else list(setting.folds) or [part_name(None)]:
+            if (seed, each) not in setting.runs:
+                setting.expect(seed, each)
+                setting.reasons[seed, each] = _reason(path, job)
+
+
+def _given_fold(settings: Mapping[str, str]) -> str | None:
+    return next((value.strip("'\"") for key, value in settings.items() if TEST_PART.fullmatch(key)), None)
+
+
+def _fold_of(settings: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    return _given_fold(settings) or part_name(config["protocol"].get("test"))
 
 
 def _name(varied: Mapping[str, str], results: Mapping[str, Any] | None, by: Sequence[str], listed: bool) -> str:
     if by and results is not None:
-        config = OmegaConf.create(results["config"])
-        return " ".join(f"{key}={OmegaConf.select(config, key)}" for key in by)
+        return " ".join(f"{key}={_value_of(results['config'], key)}" for key in by)
     pairs = {key: value for key, value in varied.items() if key != "seed" and not TEST_PART.fullmatch(key)}
     if len(pairs) == 1:
         return next(iter(pairs.values())).strip("'\"")
@@ -182,6 +207,12 @@ def _name(varied: Mapping[str, str], results: Mapping[str, Any] | None, by: Sequ
         return " ".join(f"{key}={value}" for key, value in pairs.items())
     # The setting of a sweep over seeds and test parts alone has the name of its runs, which missing ones do not tell.
     return UNNAMED if listed or results is None else f"{results['name']} {results['dataset']}"
+
+
+def _value_of(config: Any, key: str) -> object:  # noqa: ANN401
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
 
 
 def _reason(folder: Path, job: Mapping[str, Any] | None) -> str:
@@ -242,7 +273,7 @@ class Part:
         sums: Statistics summed per group ``(G, …)``, of additive metrics.
         values: Values, targets, masks and the group of each row, of others.
         scores: The metric's numbers on this run's rows.
-        rows: A text that is equal for equal labelled rows.
+        rows: A text that is equal for equal labelled rows of equal groups.
     """
 
     metric: Metric
@@ -285,7 +316,9 @@ def read_parts(run: Run, part: str, trust: Sequence[str] = ()) -> dict[str, list
         )
         own = np.asarray(groups)[labelled].astype(str)
         index, number = group_index(own)
-        told = _rows_text(table, labelled, encoded.mask[labelled])
+        # Points lie in each setting's own crops; other labels are the same numbers whoever reads them.
+        target_of_rows = None if task.landmark_scheme is not None else np.asarray(encoded.target)[labelled]
+        told = _rows_text(table, labelled, own, encoded.mask[labelled], target_of_rows)
         for metric in task.metrics:
             scores = {key: float(value) for key, value in metric.score(values, target, mask).items()}
             sums = (
@@ -296,13 +329,18 @@ def read_parts(run: Run, part: str, trust: Sequence[str] = ()) -> dict[str, list
     return parts
 
 
-def _rows_text(table: FaceTable, rows: np.ndarray, mask: np.ndarray) -> str:
+def _rows_text(
+    table: FaceTable, rows: np.ndarray, groups: np.ndarray, mask: np.ndarray, target: np.ndarray | None
+) -> str:
     number = table.numbers("row", rows)[0].astype(np.int64) if "row" in table.names else rows
     source = table.strings("source", rows)[0].astype(str) if "source" in table.names else np.full(len(rows), "")
     order = np.lexsort((number, source))
     digest = hashlib.sha256("\0".join(source[order]).encode())
     digest.update(number[order].tobytes())
+    digest.update("\0".join(groups[order]).encode())
     digest.update(np.packbits(mask[order].reshape(len(rows), -1), axis=None).tobytes())
+    if target is not None:
+        digest.update(np.nan_to_num(target[order].astype(np.float64)).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -396,7 +434,10 @@ def collect(settings: Mapping[str, Setting], config: Any, search: bool = False) 
 def _notes(setting: Setting) -> list[str]:
     """Return what stands beside the numbers of a setting: protocol, marks, and code that changed meanwhile."""
     runs = list(setting.runs.values())
-    commits = {str(((r.results.get("environment") or {}).get("git") or {}).get("commit")) for r in runs}
+    code = [(r.results.get("environment") or {}).get("git") or {} for r in runs]
+    commits = {
+        f"{str(git.get('commit'))[:12]}{' with patch ' + git['patch'] if git.get('patch') else ''}" for git in code
+    }
     lines = dict.fromkeys(_without_epoch(provenance(r.results)) for r in runs)
     said = [f"{setting.name}: {' / '.join(lines)}"]
     if len(commits) > 1:
@@ -534,7 +575,7 @@ def _compare(
             for seed in seeds
             for fold in folds
         )
-        reason = "" if same else "other test rows"
+        reason = "" if same else "other test rows or labels"
     nan = float("nan")
     if reason:
         main = next(iter(directions), "all")

@@ -166,7 +166,7 @@ def clear(folder: Path, keep: Sequence[str] = ()) -> None:
     """
     # MLflow's database is made with the logger, before this, and takes the runs of every start.
     found = [path for path in folder.iterdir() if path.name not in (LOCK, "mlflow", *keep) and not _is_part(path)]
-    if found and not _holds_run(folder):
+    if found and held_config(folder) is None:
         raise ConfigError(
             f"force=true: {folder} holds files but no run of affect ({found[0].name}, …), and nothing is removed; "
             "choose another paths.output"
@@ -181,12 +181,13 @@ def _is_part(path: Path) -> bool:
     return path.name.startswith(".") and ".part" in path.name and path.is_file()
 
 
-def _holds_run(folder: Path) -> bool:
+def held_config(folder: Path) -> DictConfig | None:
+    """Return the config of the run that was begun in ``folder``; None if there is none."""
     try:
         held = OmegaConf.load(folder / CONFIG)
     except (OSError, YAMLError):
-        return False
-    return isinstance(held, DictConfig) and {"task", "model", "trainer", "seed"} <= set(held)
+        return None
+    return held if isinstance(held, DictConfig) and {"task", "model", "trainer", "seed"} <= set(held) else None
 
 
 def contents(sources: Sequence[Source], config: DictConfig) -> dict[str, dict[str, str]]:

@@ -230,7 +230,18 @@ def test_other_test_rows_are_not_compared(sweep):
     table = FaceTable.read_parquet(path)
     table.take(np.arange(len(table) - 1)).to_parquet(path)
     (found,) = collected(sweep)["comparisons"]
-    assert (found["verdict"], found["difference"]) == ("other test rows", None)
+    assert (found["verdict"], found["difference"]) == ("other test rows or labels", None)
+
+
+@pytest.mark.parametrize("column", ["group", "target_au02_occurrence"])
+def test_other_groups_or_labels_of_the_same_rows_are_not_compared(sweep, column):
+    for k in range(9, 18):
+        path = sweep / str(k) / "predictions" / "test.parquet"
+        table = FaceTable.read_parquet(path)
+        values = table.strings(column)[0] if column == "group" else table.numbers(column)[0]
+        table.with_columns({column: np.roll(values, 1)}).to_parquet(path)
+    (found,) = collected(sweep)["comparisons"]
+    assert (found["verdict"], found["difference"]) == ("other test rows or labels", None)
 
 
 def test_thresholds_of_each_run_decide_its_part_of_the_pool(sweep):
@@ -266,6 +277,38 @@ def test_a_folder_without_a_list_and_settings_by_key(sweep):
     data = collected(sweep, "by=[optimizer.lr]")
     assert [row["name"] for row in data["tables"][0]["rows"]] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
     assert cells(data, "optimizer.lr=0.01")[1] == 3
+
+
+def test_a_run_that_is_not_finished_counts_without_a_list_too(sweep):
+    (sweep / "sweep.json").unlink()
+    config = read_json(sweep / "4" / "results.json")["config"]  # 0.001, seed 2, fold 1
+    OmegaConf.save(OmegaConf.create(config), sweep / "4" / "config.yaml")
+    (sweep / "4" / "results.json").unlink()
+    told = collected(sweep, "by=[optimizer.lr]")
+    assert [(e["setting"], e["seed"], e["fold"]) for e in told["left_out"]] == [("optimizer.lr=0.001", 2, "1")]
+
+
+def test_a_listed_run_that_never_began_is_missing_where_keys_tell_settings_apart(sweep):
+    for k in (2, 5, 8):  # fold 2 of 0.001, every seed; nothing tells the learning rate of a run that never began
+        shutil.rmtree(sweep / str(k))
+    told = collected(sweep, "by=[optimizer.lr]")
+    assert [(e["setting"], e["seed"], e["fold"]) for e in told["left_out"]] == [
+        ("optimizer.lr=0.001", seed, "2") for seed in SEEDS
+    ]
+    assert [row["name"] for row in told["tables"][0]["rows"]] == ["optimizer.lr=0.01"]
+
+
+def test_the_default_test_part_of_a_run_that_never_began_is_that_of_the_others(sweep):
+    data = read_json(sweep / "sweep.json")
+    jobs = [job(k, 0.001, seed, "0") for k, seed in ((0, 1), (3, 2), (6, 3))]
+    for entry in jobs:
+        del entry["varied"]["protocol.test"], entry["varied"]["optimizer.lr"]
+        entry["settings"] = [setting for setting in entry["settings"] if not setting.startswith("protocol")]
+    write_json(sweep / "sweep.json", data | {"varied": ["seed"], "jobs": jobs})
+    shutil.rmtree(sweep / "3")
+    told = collected(sweep)
+    assert cells(told, "train")[1] == 2
+    assert [(e["seed"], e["fold"]) for e in told["left_out"]] == [(2, "0")]
 
 
 def test_a_sweep_over_seeds_and_folds_has_the_name_of_its_runs(sweep):
