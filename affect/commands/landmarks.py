@@ -16,25 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from affect.commands.predictor import POINTS, points_in_crops, prediction_recipe
 from affect.data.batch import FaceBatch
 from affect.errors import CheckpointError, ConfigError, near
-from affect.geometry import CropLandmarks, CropRecipe, FaceDetector, FaceFinder, TwoStageFinder
+from affect.geometry import CropLandmarks, FaceDetector, FaceFinder, TwoStageFinder
 from affect.geometry.providers import FINDERS, build_detector
 from affect.models.base import AffectModule
 from affect.release import CONFIG, MODEL, Release, build_model, build_tasks, read_release
 from affect.tasks import Task
-
-POINTS = "points"
-"""Key of a release's ``preprocess.json``: by landmark scheme the mean position of points in crops, as fractions."""
 
 TYPICAL_FACES = 256
 """Faces that these positions are the mean of."""
 
 SCHEMES = ("68", "98", "5")
 """Schemes that crops are aligned by: the first of them that a checkpoint predicts is provided."""
-
-BOX_MARGIN = 0.1
-"""Added on each side of a face's box for a model that was trained on delivered crops."""
 
 
 def landmark_task(release: Release) -> tuple[str, str]:
@@ -116,16 +111,10 @@ def landmark_provider(
         module: Its model where it is built already.
     """
     name, scheme = landmark_task(release)
-    size, described = int(release.preprocess["image_size"]), release.preprocess.get("recipe")
-    if described is None or described["kind"] == "none":
-        recipe = CropRecipe(name="box", kind="box", size=size, margin=BOX_MARGIN)
-    else:
-        recipe = CropRecipe.read({**described, "size": size}).composed()
-    typical = (release.preprocess.get(POINTS) or {}).get(scheme)
     built = build_model(release, build_tasks(release)) if module is None else module
     predict = functools.partial(predict_points, built.eval().to(device), name)
-    pixels = None if typical is None else np.asarray(typical, np.float64) * size - 0.5
-    return CropLandmarks(predict, recipe, scheme, pixels, passes, batch_size)
+    typical = points_in_crops(release.preprocess).get(scheme)
+    return CropLandmarks(predict, prediction_recipe(release.preprocess), scheme, typical, passes, batch_size)
 
 
 def predict_points(module: AffectModule, task: str, crops: np.ndarray) -> np.ndarray:

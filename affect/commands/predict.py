@@ -151,7 +151,9 @@ def run(config: DictConfig) -> None:
     finder = assembly.make(config.finder, "finder")
     moving = any(source.moving for source in sources)
     if predictor.delivered:
-        console.print(f"trained on delivered crops: each face's box with a margin of {BOX_MARGIN:.0%} is cropped")
+        by_box = f"each face's box with a margin of {BOX_MARGIN:.0%} is cropped"
+        cut = "new ones are cut so that points lie as in these" if predictor.typical else by_box
+        console.print(f"trained on delivered crops: {cut}")
     if moving and options.detect_every > 1 and split_finder(finder) is None:
         console.print(f"{type(finder).__name__} finds boxes and points in one step: it looks at every frame")
     metadata = describe(config, predictor, finder)

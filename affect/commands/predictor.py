@@ -23,12 +23,19 @@ from affect.foreign import Adapter, open_checkpoint
 from affect.foreign.opening import Predictor as Module
 from affect.foreign.opening import build_predictor
 from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
+from affect.geometry.providers import coarser_points, upright_crops
 from affect.geometry.tracking import Clock, no_clock
 from affect.release import PREPROCESS, build_tasks
 from affect.tasks import Task
 
 BOX_MARGIN = 0.1
 """Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
+
+POINTS = "points"
+"""Key of a release's ``preprocess.json``: by landmark scheme the mean position of points in crops, as fractions."""
+
+SCHEMES = ("98", "68", "5")
+"""Schemes that upright crops can be cut by, from fine to coarse."""
 
 
 class Predictor(Protocol):
@@ -37,12 +44,15 @@ class Predictor(Protocol):
     Attributes:
         tasks: What it predicts, by name.
         recipe: How a face is cropped for it.
+        typical: By landmark scheme where points lie in the crops that it was trained on, ``(P, 2)`` in pixels of the
+            crop: what upright crops are cut by. Boxes of another detector hold another part of the face.
         thresholds: What its checkpoint says of thresholds (``decisions.describe``), None if nothing.
         delivered: Whether it was trained on crops as a dataset delivers them.
     """
 
     tasks: Mapping[str, Task]
     recipe: CropRecipe
+    typical: Mapping[str, NDArray[np.float64]]
     thresholds: dict[str, Any] | None
     delivered: bool
 
@@ -73,6 +83,7 @@ class CheckpointPredictor:
         self.tasks, self.device = tasks, torch.device(device)
         self.module = module.to(self.device)
         self.recipe = prediction_recipe(preprocess)
+        self.typical: Mapping[str, NDArray[np.float64]] = points_in_crops(preprocess)
         self.delivered = was_delivered(preprocess)
         self.thresholds = decisions.read_thresholds(preprocess, where)
 
@@ -121,6 +132,41 @@ def was_delivered(preprocess: Mapping[str, Any]) -> bool:
     return described is None or described["kind"] == "none"
 
 
+def points_in_crops(preprocess: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
+    """Return by scheme where points lie in a release's upright crops, in pixels; empty where nobody says so."""
+    if prediction_recipe(preprocess).kind != "box":
+        return {}
+    size = int(preprocess["image_size"])
+    return {
+        scheme: np.asarray(points, np.float64) * size - 0.5 for scheme, points in (preprocess.get(POINTS) or {}).items()
+    }
+
+
+def face_crops(predictor: Predictor, faces: Sequence[FaceObservation]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Return which faces a model can be shown, ``(M,)``, and the crops of these as matrices ``(N, 2, 3)``.
+
+    Aligned crops follow from the points. Upright ones are cut so that the points lie where they did in training, and by
+    the face's box where the checkpoint does not say where that was, or a face's points are all in one place.
+    """
+    if not faces:
+        return np.zeros(0, bool), np.zeros((0, 2, 3))
+    recipe = predictor.recipe
+    points, boxes = np.array([face.points for face in faces]), np.array([face.box for face in faces]).reshape(-1, 4)
+    usable = recipe.usable(points, boxes)
+    matrices = np.zeros((len(faces), 2, 3))
+    if usable.any():
+        matrices[usable] = recipe.matrices(points=points[usable], boxes=boxes[usable])
+    for wanted in SCHEMES if predictor.typical else ():
+        seen = coarser_points(points, faces[0].scheme, wanted)
+        known = (coarser_points(target, scheme, wanted) for scheme, target in predictor.typical.items())
+        target = next((each for each in known if each is not None), None)
+        if seen is not None and target is not None:
+            placed, upright = upright_crops(seen, target)
+            usable, matrices = usable | placed, np.where(placed[:, None, None], upright, matrices)
+            break
+    return usable, matrices[usable]
+
+
 class FaceValues(NamedTuple):
     """What a model reads in faces.
 
@@ -150,12 +196,9 @@ def read_faces(
         clock: Takes the time of ``crop`` and ``model``.
     """
     recipe, tasks = predictor.recipe, predictor.tasks
-    points = np.array([face.points for face in faces]) if faces else np.zeros((0, 68, 2))
-    boxes = np.array([face.box for face in faces]).reshape(-1, 4)
-    usable = recipe.usable(points, boxes) if faces else np.zeros(0, bool)
+    usable, matrices = face_crops(predictor, faces)
     kept = np.flatnonzero(usable)
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in tasks}
-    matrices = recipe.matrices(points=points[kept], boxes=boxes[kept]) if len(kept) else np.zeros((0, 2, 3))
     for start in range(0, len(kept), batch_size):
         rows = range(start, min(start + batch_size, len(kept)))
         with clock("crop"):

@@ -44,7 +44,8 @@ from affect.commands.distributed import (
     use_own_launcher,
     wait_for_all,
 )
-from affect.commands.landmarks import POINTS, TYPICAL_FACES, typical_points
+from affect.commands.landmarks import TYPICAL_FACES, typical_points
+from affect.commands.predictor import POINTS
 from affect.commands.run_folder import (
     RESULTS,
     SELECTION,
@@ -604,7 +605,7 @@ def finish(
     }
     if any(task.landmark_scheme is not None for task in module.tasks.values()):
         # Upright crops of new photographs are cut so that points lie where they did in training.
-        preprocess[POINTS] = typical_points(module.tasks, datamodule.sample(TRAIN, TYPICAL_FACES))
+        preprocess[POINTS] = typical_points(module.tasks, datamodule.sample(TRAIN, TYPICAL_FACES, augment=False))
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
     plain = OmegaConf.to_container(bound, resolve=True)
     results: dict[str, Any] = {

@@ -458,9 +458,15 @@ class FaceDataModule(pl.LightningDataModule):
         transform = self.train_transform if augment else self.eval_transform
         return FaceDataset(self.sources, self.part_rows(part), self.tasks, transform, self.schemes, self.seed)
 
-    def sample(self, part: str, count: int) -> FaceBatch:
-        """Return ``count`` samples, spread evenly over a part, as the model sees them: augmented in training."""
-        dataset = self.dataset(part, augment=part == TRAIN)
+    def sample(self, part: str, count: int, augment: bool | None = None) -> FaceBatch:
+        """Return ``count`` samples, spread evenly over a part.
+
+        Args:
+            part: The part.
+            count: Number of samples; fewer where the part is smaller.
+            augment: Whether they are augmented; None does as the model sees them, augmented in training.
+        """
+        dataset = self.dataset(part, augment=part == TRAIN if augment is None else augment)
         positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(np.int64)
         return dataset.batch(0, positions)
 

@@ -294,7 +294,7 @@ class CropLandmarks:
             return usable, matrices
         known = np.isfinite(points).all((0, 2))
         if self.typical is not None:
-            return _upright(points[:, known], self.typical[known])
+            return upright_crops(points[:, known], self.typical[known])
         around = np.concatenate([np.nanmin(points, 1), np.nanmax(points, 1)], 1)
         usable = self.recipe.usable(boxes=around)
         if usable.any():
@@ -330,19 +330,40 @@ def mean_face(scheme: str) -> tuple[NDArray[np.int64], NDArray[np.float64]] | No
         >>> index.tolist(), points[0].round(2).tolist()
         ([0, 1, 2, 3, 4], [0.29, 0.2])
     """
-    if scheme == "68":
-        return np.arange(68), np.asarray(FACE_68)
     if scheme == "98":
         return np.array(WFLW_TO_68), np.asarray(FACE_68)
-    if scheme == "5":
-        return np.arange(5), np.stack([FACE_68[list(group)].mean(0) for group in labels.POINTS_68_TO_5])
+    points = coarser_points(np.asarray(FACE_68), "68", scheme)
+    return None if points is None else (np.arange(len(points)), points)
+
+
+def coarser_points(points: NDArray[np.float64], scheme: str, wanted: str) -> NDArray[np.float64] | None:
+    """Return points of a scheme as those of the same or of a coarser one; None where they do not say these.
+
+    98 points hold the 68, and 68 points hold five: each eye's centre is the mean of its six points.
+
+    Args:
+        points: ``(…, P, 2)`` of ``scheme``.
+        scheme: Key of ``labels.SCHEMES``.
+        wanted: Such a key.
+
+    Returns:
+        ``(…, Q, 2)`` of ``wanted``.
+    """
+    if scheme == wanted:
+        return points
+    if scheme == "98" and wanted in ("68", "5"):
+        return coarser_points(points[..., list(WFLW_TO_68), :], "68", wanted)
+    if scheme == "68" and wanted == "5":
+        return np.stack([points[..., list(group), :].mean(-2) for group in labels.POINTS_68_TO_5], -2)
     return None
 
 
-def _upright(points: NDArray[np.float64], target: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def upright_crops(
+    points: NDArray[np.float64], target: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Return scale and shift ``(N, 2, 3)`` that give points ``(N, K, 2)`` the place and the spread of ``target``.
 
-    Rows whose points lie in one place have none: the first array is False there.
+    Rows whose points lie in one place have none: the first array ``(N,)`` is False there.
     """
     centre, middle = points.mean(1), target.mean(0)
     spread = np.sqrt(((points - centre[:, None]) ** 2).sum((1, 2)))

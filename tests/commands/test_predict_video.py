@@ -9,6 +9,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -42,6 +43,7 @@ class Reader:
     delivered = False
     thresholds = None
     recipe = CropRecipe(size=24)
+    typical: ClassVar[dict] = {}
 
     def __init__(self) -> None:
         self.tasks: dict[str, Task] = {

@@ -36,8 +36,7 @@ from affect.geometry import (
     transform_points,
 )
 from affect.geometry.heatmaps import rescale_points
-from affect.geometry.providers import area
-from affect.geometry.templates import WFLW_TO_68
+from affect.geometry.providers import area, coarser_points
 from affect.models.decafa import Decafa
 from affect.release import Release
 from affect.report import figures as draw
@@ -246,9 +245,11 @@ def common_points(ours: np.ndarray, scheme: str, theirs: np.ndarray) -> tuple[np
         scheme: ``68``, ``98`` or ``5``.
         theirs: 68 points ``(68, 2)``.
     """
-    if scheme == "5":
-        return ours, np.stack([theirs[list(group)].mean(0) for group in labels.POINTS_68_TO_5])
-    return ours[list(WFLW_TO_68)] if scheme == "98" else ours, theirs
+    shared = "5" if scheme == "5" else "68"
+    first, second = coarser_points(ours, scheme, shared), coarser_points(theirs, "68", shared)
+    assert first is not None
+    assert second is not None
+    return first, second
 
 
 def point_distance(ours: np.ndarray, scheme: str, theirs: np.ndarray) -> float:
