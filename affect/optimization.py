@@ -9,6 +9,8 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from affect.errors import ConfigError
+
 
 def warmup_cosine_factor(step: int, total_steps: int, warmup: float = 0.05, final: float = 0.01) -> float:
     """Return the factor of the base rate: a linear warm-up, then half a cosine down to ``final``.
@@ -84,7 +86,15 @@ def token_schedule(
         dim: Channels of the transformer.
         rise: Epochs of the linear rise.
         decay: Factor of the encoder's rate per epoch.
+
+    Raises:
+        ConfigError: If the model has neither patches nor tokens.
     """
+    if not {"patches", "tokens"} & {group.get("name") for group in optimizer.param_groups}:
+        raise ConfigError(
+            "scheduler=tokens is that of patches and tokens, and the model has none; take another schedule, or "
+            "model=au_transformer or task_token_transformer"
+        )
 
     def factor(group: dict) -> Callable[[int], float]:
         vectors = {"patches": patches, "tokens": tokens}.get(group.get("name", ""))

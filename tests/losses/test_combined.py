@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,25 @@ class TestCombined(LossContract):
         """The mean is the weighted sum of the masked means."""
         bce, dice = BinaryCrossEntropy()(*data), Dice()(*data)
         torch.testing.assert_close(mean_of(self.make()(*data)), mean_of(bce) + 0.5 * mean_of(dice))
+
+
+def test_the_loss_of_the_au_transformer_by_hand():
+    """Two faces, three action units, weights by frequency, half a Dice loss of each cell (arXiv 2203.12531)."""
+    factors = {"bce": 1.0, "dice": 0.5}
+    weights = [0.5, 1.0, 1.5]
+    loss = Combined({"bce": BinaryCrossEntropy(weights), "dice": Dice(weights=weights, per_sample=True)}, factors)
+    output = torch.tensor([[0.0, 0.0, math.log(3)], [math.log(3), 0.0, 0.0]], dtype=torch.float64)  # p: 1/2 or 3/4
+    target = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
+    cross_entropy = [[math.log(2), math.log(2), math.log(4 / 3)], [math.log(4), math.log(2), math.log(2)]]
+    # 1 - (2 y p + 1) / (y² + p² + 1); the square of a label of one half is a quarter.
+    dice = [[1 - 2 / 2.25, 1 - 1 / 1.25, 1 - 2.5 / 2.5625], [1 - 1 / 1.5625, 1 - 2 / 2.25, 1 - 1.5 / 1.5]]
+    cells = torch.tensor(weights, dtype=torch.float64) * (torch.tensor(cross_entropy) + 0.5 * torch.tensor(dice))
+    every = torch.ones(2, 3, dtype=torch.bool)
+    torch.testing.assert_close(mean_of(loss(output, target, every)), cells.mean(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss.cells(output, target, every), cells, atol=1e-6, rtol=0)
+    some = torch.tensor([[True, False, True], [True, True, False]])
+    hidden = torch.where(some, target, torch.nan)
+    torch.testing.assert_close(mean_of(loss(output, hidden, some)), cells[some].mean(), atol=1e-6, rtol=0)
 
 
 class TestCombinedOfEqualCounts(TestCombined):

@@ -209,6 +209,11 @@ class TestSchedule:
         assert rates["encoder"] == pytest.approx(5e-5 * 0.99**2)
         assert (rates["patches"], rates["tokens"]) == pytest.approx(wanted)
 
+    def test_a_model_without_tokens_has_no_such_schedule(self):
+        optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+        with pytest.raises(ConfigError, match="scheduler=tokens"):
+            optimization.token_schedule(optimizer, steps_per_epoch=4)
+
 
 def test_tokens_and_patches_start_as_described():
     torch.manual_seed(0)
