@@ -21,6 +21,10 @@ EXPERIMENTS = sorted(
     for path in (config_directory() / "experiment" / "controlled").glob("*.yaml")
     if path.stem.startswith(("monet", "rhls", "au_transformer"))
 )
+QUICK = ("monet_parity_chain", "rhls_noise_imbalance")
+"""Experiments that the default tests run; the others take seconds more and no other path."""
+
+SORTED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 
 
 def reproduce(tmp_path: Path, *words: str) -> int:
@@ -28,7 +32,7 @@ def reproduce(tmp_path: Path, *words: str) -> int:
     return main([*shlex.split(command), *words])
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", SORTED)
 def test_every_experiment_of_action_units_runs_on_the_quick_scale(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +57,7 @@ def test_every_experiment_of_action_units_runs_on_the_quick_scale(
         assert max(map(len, lines[title : title + 4 + len(stored["arms"])])) <= 80
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", SORTED)
 def test_every_arm_builds_its_model(name: str) -> None:
     config = compose("train", [f"experiment=controlled/{name}"])
     for arm, overrides in config.controlled.arms.items():
