@@ -7,6 +7,7 @@ lie on a static grid whose range is measured on images of the training part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +23,9 @@ from affect.errors import ConfigError
 
 __all__ = [
     "UniformQuantization",
+    "bits_by_layer",
     "compressed_layer",
+    "current_weight",
     "edge_layers",
     "input_ranges",
     "largest_weights",
@@ -70,7 +73,17 @@ def put_weight(
     return LayerRecord(name, method, bits, None, noise, size + bias, stored.stored_bytes + bias, note)
 
 
-def put_inputs(network: nn.Module, name: str, low: Tensor, high: Tensor, bits: int) -> InputGrid:
+def put_inputs(
+    network: nn.Module,
+    name: str,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    *,
+    exponent: float | None = None,
+    shifted: bool = False,
+    orders: int = 1,
+) -> InputGrid:
     """Give a layer's inputs a static grid.
 
     Args:
@@ -79,12 +92,26 @@ def put_inputs(network: nn.Module, name: str, low: Tensor, high: Tensor, bits: i
         low: Smallest inputs, ``(1,)`` or per input channel ``(I,)``. Where none is below 0, codes are unsigned.
         high: Largest inputs, of the same shape.
         bits: Bits of a code.
+        exponent: Of a grid of powers; None makes a uniform one.
+        shifted: Where inputs are below 0, start an unsigned grid at the smallest (one range for all channels). It is
+            stretched a little, so that 0, with which convolutions pad, stays a level.
+        orders: Codes for an input: the first, and what each leaves over.
     """
     layer = compressed_layer(network, name)
     signed = bool((low < 0).any())
     axis = 1 if isinstance(layer, CompressedConv2d) else -1
-    grid = InputGrid(len(low), bits, signed, axis)
+    a = 1.0 if exponent is None else float(exponent)
+    below = 0.0  # part of the range that lies below 0
+    if signed and shifted and len(low) == 1 and float(high) > 0:
+        top = 2**bits - 1
+        below = (math.ceil(top * float(-low / (high - low)) ** a) / top) ** (1 / a)
+        signed = below >= 1
+    grid = InputGrid(len(low), bits, signed, axis, exponent is not None, orders)
+    grid.exponent.fill_(a)
     reach = torch.maximum(low.abs(), high.abs()) if signed else high
+    if 0 < below < 1:
+        reach = high / (1 - below)
+        grid.shift.copy_(-below * reach.squeeze())
     floor = 1e-3 * reach.median().clamp_min(1e-12)  # dead channels must not get a grid of width 0
     grid.scale.copy_(torch.maximum(reach, floor) / grid.high)
     layer.inputs = grid
@@ -135,6 +162,19 @@ def edge_layers(layers: Mapping[str, nn.Module]) -> set[str]:
     """Return the first and the last of layers in the order of the network, which usually keep more bits."""
     names = list(layers)
     return {names[0], names[-1]} if names else set()
+
+
+def bits_by_layer(layers: Mapping[str, nn.Module], bits: int, edge_bits: int | None) -> dict[str, int]:
+    """Return the bits of each layer: ``edge_bits`` for the first and last one unless that is None."""
+    edges = set() if edge_bits is None else edge_layers(layers)
+    return {name: int(edge_bits) if name in edges and edge_bits is not None else int(bits) for name in layers}
+
+
+def current_weight(layer: nn.Module) -> Tensor:
+    """Return the weight that a plain or compressed layer multiplies by, without a graph."""
+    weight = layer.current_weight() if isinstance(layer, CompressedConv2d | CompressedLinear) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 class UniformQuantization:
