@@ -21,9 +21,9 @@ from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
 
-from affect.commands import decisions, sweeps
+from affect.commands import configuration, decisions, sweeps
 from affect.commands.inference import encode_truth
-from affect.commands.run_folder import CONFIG, CONTENTS, RESULTS, SELECTION, differing, held_config
+from affect.commands.run_folder import CONTENTS, RESULTS, differing, held_config
 from affect.data.protocol import part_name
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
@@ -39,9 +39,6 @@ TEST_PART = re.compile(r"(dataset\.sources\.[^.]+\.)?protocol\.test")
 """Keys of the test part, which with the seed are all that may differ inside a setting."""
 
 UNNAMED = ""
-
-NOT_RUNS = (SELECTION, "compare", "release", "collect", ".submitit", "wandb")
-"""Folders inside of a run or a sweep whose contents are no runs of the sweep."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +118,19 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
 
     Raises:
         DataError: If there is no finished run, or two of one setting, seed and test part.
+        ConfigError: If no run has a key of ``by``.
     """
     data = sweeps.read_sweep(folder)
     settings: dict[str, Setting] = {}
-    missing = []
-    for path, job in _folders(folder, data):
-        if not (path / RESULTS).is_file():
-            missing.append((path, job))
-            continue
-        results, varied = read_json(path / RESULTS), dict(job["varied"]) if job else {}
+    there = [(path, job, (path / RESULTS).is_file()) for path, job in _folders(folder, data)]
+    missing = [(path, job) for path, job, finished in there if not finished]
+    found = [(path, job, read_json(path / RESULTS)) for path, job, finished in there if finished]
+    for key in by if found else ():
+        if not any(_has(results["config"], key) for _, _, results in found):
+            known = [name for name, _ in configuration.leaves(found[0][2]["config"])]
+            raise ConfigError(f"by: no run has a key {key}; {near(key, known)}")
+    for path, job, results in found:
+        varied = dict(job["varied"]) if job else {}
         seed, fold = int(results["seed"]), _fold_of(varied, results["config"])
         name = _name(varied, results, by, job is not None)
         setting = settings.setdefault(name, Setting(name))
@@ -158,9 +159,10 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
 def _folders(folder: Path, data: Mapping[str, Any] | None) -> Iterable[tuple[Path, dict[str, Any] | None]]:
     if data is not None:
         return [(folder / job["folder"], job) for job in data["jobs"]]
-    found = sorted({path.parent for name in (RESULTS, CONFIG) for path in folder.rglob(name)})
-    found = [path for path in found if not set(path.relative_to(folder).parts) & set(NOT_RUNS)]
-    return [(p, None) for p in found if ((p / "release").is_dir() if (p / RESULTS).is_file() else _begun(p))]
+    found = {path.parent for name in (RESULTS, CONTENTS) for path in folder.rglob(name)}
+    found = {path for path in found if ((path / "release").is_dir() if (path / RESULTS).is_file() else _begun(path))}
+    # What lies in the folder of a run (the run that chose its epochs, arms, reruns) belongs to that run.
+    return [(path, None) for path in sorted(found) if not found & set(path.parents)]
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:
@@ -213,6 +215,12 @@ def _value_of(config: Any, key: str) -> object:  # noqa: ANN401
     for part in key.split("."):
         config = config.get(part) if isinstance(config, Mapping) else None
     return config
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    *nodes, name = key.split(".")
+    node = _value_of(config, ".".join(nodes)) if nodes else config
+    return isinstance(node, Mapping) and name in node
 
 
 def _reason(folder: Path, job: Mapping[str, Any] | None) -> str:
@@ -626,10 +634,8 @@ def _summaries(comparisons: Sequence[report.Comparison]) -> list[report.Comparis
 
 def write(out: Path, found: Collected, config: Any, folder: Path) -> None:  # noqa: ANN401
     """Write the tables as Markdown, LaTeX and CSV, everything as JSON, and the figures."""
-    from affect.commands.configuration import quoted
-
     digits, level = int(config.digits), float(config.level)
-    command = f"affect collect sweep={quoted(str(folder)) if ' ' in str(folder) else folder}"
+    command = f"affect collect sweep={configuration.quoted(str(folder)) if ' ' in str(folder) else folder}"
     tables = "\n".join(
         f"## {table.title}\n\n{report.markdown(table, found.folds[table.dataset], digits)}" for table in found.tables
     )

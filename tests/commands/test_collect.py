@@ -283,6 +283,8 @@ def test_a_run_that_is_not_finished_counts_without_a_list_too(sweep):
     (sweep / "sweep.json").unlink()
     config = read_json(sweep / "4" / "results.json")["config"]  # 0.001, seed 2, fold 1
     OmegaConf.save(OmegaConf.create(config), sweep / "4" / "config.yaml")
+    write_json(sweep / "4" / "data.json", {})
+    shutil.copytree(sweep / "3", sweep / "3" / "rerun1")  # belongs to the run that it lies in
     (sweep / "4" / "results.json").unlink()
     told = collected(sweep, "by=[optimizer.lr]")
     assert [(e["setting"], e["seed"], e["fold"]) for e in told["left_out"]] == [("optimizer.lr=0.001", 2, "1")]
@@ -337,5 +339,7 @@ def test_bad_input(sweep, tmp_path):
         collected(tmp_path / "empty")
     with pytest.raises(ConfigError, match=r"baseline=0\.1"):
         collected(sweep, "baseline='0.1'")
+    with pytest.raises(ConfigError, match=r"no run has a key optimizer\.rl; did you mean optimizer\.lr"):
+        collected(sweep, "by=[optimizer.rl]")
     with pytest.raises(DataError, match="validation"):
         collected(sweep, "part=validation")
