@@ -75,8 +75,15 @@ class Objective(nn.Module):
         """
         modules = dict(module.named_modules())
         for layer in self.layers:
-            if layer not in modules:
-                raise ConfigError(f"objective {name}: no layer {layer!r}; {near(layer, modules)}")
+            if layer in modules:
+                continue
+            parent = layer
+            while parent not in modules:  # the root's name is empty
+                parent = parent.rpartition(".")[0]
+            inside = ", ".join(child for child, _ in modules[parent].named_children()) or "no layers"
+            raise ConfigError(
+                f"objective {name}: no layer {layer!r}; {near(layer, modules)} ({parent or 'the model'} holds {inside})"
+            )
 
     def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
         """Return the sum of the objective over the samples it applies to, and their number."""

@@ -120,8 +120,12 @@ def test_prediction_is_the_plain_model():
 
 class TestRefusals:
     def test_a_layer_that_does_not_exist(self):
-        with pytest.raises(ConfigError, match=r"did you mean encoder\.model\.layer"):
+        with pytest.raises(
+            ConfigError, match=r"did you mean encoder\.model\.layer.*\(encoder\.model holds conv1, .*layer4"
+        ):
             make(PrivilegedAttribution("encoder.model.layer9"))
+        with pytest.raises(ConfigError, match=r"\(the model holds .*encoder"):
+            make(PrivilegedAttribution("backbone.layer9"))
 
     def test_a_layer_without_positions(self):
         with pytest.raises(ConfigError, match="convolutional layer"):
