@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import export, faces, landmarks, loader, monet, pal, predict, step, table
+from affect.commands.benchmarks import export, faces, landmarks, loader, monet, pal, predict, step, table, training
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.release import read_release
@@ -20,6 +20,7 @@ from affect.report import environment, write_json
 
 BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "step": step.measure,
+    "training": training.measure,
     "loader": loader.measure,
     "faces": faces.measure,
     "table": table.measure,

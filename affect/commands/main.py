@@ -323,7 +323,7 @@ COMMANDS = (
     ),
     Command(
         "benchmark",
-        "Measure the training step, also with PAL, loader, built-in faces, large tables, exported files; stores JSON.",
+        "Measure training steps, beside timm's too, loader, built-in faces, large tables, exported files; stores JSON.",
         (
             ("quick", "true for a smoke run of seconds"),
             ("threads", "torch threads"),
@@ -332,6 +332,7 @@ COMMANDS = (
         ),
         (
             "benchmark step",
+            "benchmark training",
             "benchmark loader",
             "benchmark faces quick=true",
             "benchmark table",
@@ -339,7 +340,19 @@ COMMANDS = (
             "benchmark photographs checkpoint=runs/decafa_faces/faces",
         ),
         word="what",
-        words=("step", "loader", "faces", "table", "pal", "monet", "predict", "export", "landmarks", "photographs"),
+        words=(
+            "step",
+            "training",
+            "loader",
+            "faces",
+            "table",
+            "pal",
+            "monet",
+            "predict",
+            "export",
+            "landmarks",
+            "photographs",
+        ),
     ),
 )
 """Every command, in the order of the help."""

@@ -52,13 +52,13 @@ def test_an_unknown_benchmark_names_the_known_ones(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["step", "loader", "faces", "table"])
+@pytest.mark.parametrize("what", ["step", "training", "loader", "faces", "table"])
 def test_benchmarks_write_their_rows(what: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     assert main(["benchmark", what, "quick=true", f"out={out}"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert rows
-    if what in ("step", "loader"):
+    if what in ("step", "training", "loader"):
         assert all(row["ratio"] > 0 for row in rows)
 
 

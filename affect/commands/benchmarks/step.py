@@ -40,7 +40,7 @@ class _TwoConvolutions(nn.Module):
         return self.model(image.float() / 255).flatten(1)
 
 
-class _Batches:
+class Batches:
     """A loader that repeats one batch, so that only the step is timed."""
 
     def __init__(self, batch: FaceBatch, steps: int) -> None:
@@ -64,7 +64,8 @@ class _Clock(pl.Callback):
         self.times.append(time.perf_counter())
 
 
-def _batch(size: int, side: int, outputs: int) -> FaceBatch:
+def drawn_batch(size: int, side: int, outputs: int) -> FaceBatch:
+    """Return a batch of noise ``(size, 3, side, side)`` with a random label for each output."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     target = torch.randint(0, 2, (size, outputs), generator=generator).float()
@@ -95,7 +96,7 @@ def _ours(name: str, side: int, batch: FaceBatch, steps: int) -> list[float]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, _Batches(batch, steps + 1))
+        trainer.fit(module, Batches(batch, steps + 1))
     return [b - a for a, b in itertools.pairwise(clock.times)]
 
 
@@ -123,7 +124,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     """
     rows = []
     for name, side, size in NETWORKS:
-        batch = _batch(size, side, 12)
+        batch = drawn_batch(size, side, 12)
         steps = 5 if quick else (20 if side > 64 else 200)
         ours: list[float] = []
         bare: list[float] = []
