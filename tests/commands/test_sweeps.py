@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,22 @@ def test_a_killed_job_neither_stops_nor_loses_the_others(user, launcher):
     assert [(sweep / str(k) / "starts").read_text() for k in (0, 3)] == before
     results = [json.loads((sweep / str(k) / "results.json").read_text()) for k in range(4)]
     assert [(found["seed"], found["selection"]["score"]) for found in results] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(user):
+    folder, run = user
+    line = ["train", "-m", "seed=1,2,4"]
+    assert run(*line).returncode == -signal.SIGKILL  # the second job takes the process of the sweep along
+    (sweep,) = (folder / "runs" / "sweeps").iterdir()
+    data = json.loads((sweep / "sweep.json").read_text())
+    assert [job["state"] for job in data["jobs"]] == ["finished", "waiting", "waiting"]
+    (folder / "healed").touch()
+    done = run(*line)
+    assert done.returncode == 0, done.stderr
+    assert [(sweep / str(k) / "starts").read_text() for k in range(3)] == ["x", "xx", "x"]
+    data = json.loads((sweep / "sweep.json").read_text())
+    assert [job["state"] for job in data["jobs"]] == ["finished"] * 3
 
 
 def fake(folder, monkeypatch, name, text, code=0, error=""):
