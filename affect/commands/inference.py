@@ -337,7 +337,8 @@ def resolve_headline(
     """Return the terms (task, number) of each sum of a protocol's headline, and notes on sums that are left out.
 
     Args:
-        headline: Terms ``<task>/<number>`` by name; ``*`` stands for the parameter of a number, as in ``fr/*``.
+        headline: Terms ``<task>/<number>`` by name; ``*`` stands for the parameter of a number, as in ``fr/*``, and for
+            how a task's name goes on, as in ``landmarks*``: where several tasks fit, each has a sum of its own.
         tasks: Bound tasks; a sum with a term of another task is left out.
 
     Raises:
@@ -345,7 +346,7 @@ def resolve_headline(
     """
     resolved: dict[str, list[tuple[str, str]]] = {}
     notes = []
-    for name, terms in (headline or {}).items():
+    for name, terms in _named_sums(headline or {}, tasks).items():
         found, directions = [], set()
         absent = sorted({term.partition("/")[0] for term in terms} - tasks.keys())
         if absent:
@@ -364,6 +365,22 @@ def resolve_headline(
             raise ConfigError(f"protocol.headline.{name}: more is better for one term and less for another")
         resolved[name] = found
     return resolved, notes
+
+
+def _named_sums(headline: Mapping[str, Sequence[str]], tasks: Mapping[str, Task]) -> dict[str, Sequence[str]]:
+    """Return the sums of a headline with the names of tasks instead of patterns; patterns that fit none stay."""
+    sums: dict[str, Sequence[str]] = {}
+    for name, terms in headline.items():
+        patterns = sorted({task for task in (term.partition("/")[0] for term in terms) if "*" in task})
+        if len(patterns) > 1:
+            raise ConfigError(f"protocol.headline.{name}: {' and '.join(patterns)}: one pattern of tasks at most")
+        fitting = [task for pattern in patterns for task in fnmatch.filter(tasks, pattern)]
+        if not fitting:
+            sums[name] = terms
+        for task in fitting:
+            label = name if len(fitting) == 1 else f"{name} of {task}"
+            sums[label] = [term.replace(f"{patterns[0]}/", f"{task}/", 1) for term in terms]
+    return sums
 
 
 def headline_records(

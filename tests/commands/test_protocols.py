@@ -55,7 +55,7 @@ def test_every_protocol_lists_every_key_and_builds(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if leaf(name)["headline"]])
 def test_headlines_are_numbers_that_tasks_give(name: str) -> None:
     headline = leaf(name)["headline"]
-    chosen = sorted({term.partition("/")[0] for terms in headline.values() for term in terms})
+    chosen = sorted({term.partition("/")[0].rstrip("*") for terms in headline.values() for term in terms})
     tasks = assembly.build_tasks(compose("train", [f"task=[{','.join(chosen)}]", f"protocol={name}"]))
     for task in tasks.values():
         for metric in task.metrics:
@@ -82,6 +82,47 @@ def test_the_threshold_of_a_failure_rate_is_that_of_the_task() -> None:
     assert resolved["FR"] == [("landmarks", "fr/8")]
     with pytest.raises(ConfigError, match=r"protocol.headline.FR: landmarks/fr/10: no such number; did you mean fr/8"):
         inference.resolve_headline({"FR": ["landmarks/fr/10"]}, tasks)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "names", "expected"),
+    [
+        (
+            "wflw",
+            ["landmarks_98"],
+            {"NME": "landmarks_98/nme", "FR": "landmarks_98/fr/10", "AUC": "landmarks_98/auc/10"},
+        ),
+        (
+            "300w",
+            ["landmarks_68"],
+            {"NME": "landmarks_68/nme", "FR": "landmarks_68/fr/10", "AUC": "landmarks_68/auc/10"},
+        ),
+        ("celeba", ["landmarks_5"], {"NME": "landmarks_5/nme"}),
+        (
+            "celeba",
+            ["landmarks_68", "landmarks_5"],
+            {"NME of landmarks_68": "landmarks_68/nme", "NME of landmarks_5": "landmarks_5/nme"},
+        ),
+    ],
+)
+def test_points_have_their_headline_whatever_their_task_is_called(
+    protocol: str, names: list[str], expected: dict[str, str]
+) -> None:
+    tasks = assembly.build_tasks(compose("train", [f"task=[{','.join(names)}]", f"protocol={protocol}"]))
+    for task in tasks.values():
+        task.metrics[0].bind(task.outputs)
+    resolved, left_out = inference.resolve_headline(leaf(protocol)["headline"], tasks)
+    assert {name: "/".join(*terms) for name, terms in resolved.items()} == expected
+    assert left_out == ["headline mean accuracy is left out: task attributes is not selected"] * (protocol == "celeba")
+
+
+def test_patterns_of_tasks_that_do_not_help_are_said() -> None:
+    tasks = assembly.build_tasks(compose("train", ["task=[expression]"]))
+    resolved, left_out = inference.resolve_headline(leaf("wflw")["headline"], tasks)
+    assert not resolved
+    assert left_out[0] == "headline NME is left out: task landmarks* is not selected"
+    with pytest.raises(ConfigError, match=r"a\* and b\*: one pattern of tasks at most"):
+        inference.resolve_headline({"both": ["a*/x", "b*/x"]}, tasks)
 
 
 def test_the_six_subsets_of_wflw_are_columns_of_attributes() -> None:
