@@ -141,7 +141,8 @@ def release_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nodes ``task`` and ``model`` of a resolved run config, without what only training needs."""
     tasks = {}
     for name, node in config["task"].items():
-        tasks[name] = {k: v for k, v in node.items() if k not in ("loss", "target")}
+        if node and "_target_" in node:  # else settings of a task that was not selected
+            tasks[name] = {k: v for k, v in node.items() if k not in ("loss", "target")}
     model = {k: v for k, v in config["model"].items() if k not in ("objectives", "weighting")}
     plain = {"task": tasks, "model": _without_weights(model)}
     return plain | {key: config[key] for key in (COMPRESSION, QUANTIZATION) if config.get(key)}

@@ -156,6 +156,7 @@ def test_a_release_drops_what_only_training_needs() -> None:
         "model": {"encoder": {"_target_": "affect.encoders.TimmEncoder", "pretrained": True, "weights": "packaged"}},
         "optimizer": {"lr": 1},
     }
+    config["task"] |= {"pose": {"loss": {"x": 1}}, "category": None}  # settings of tasks that were not selected
     kept = release_config(config)
     assert kept["task"] == {"au": {"_target_": "a", "aus": [1]}}
     assert kept["model"]["encoder"] == {"_target_": "affect.encoders.TimmEncoder", "pretrained": False, "weights": None}
