@@ -248,7 +248,8 @@ def order_table(found: Mapping[str, Any], title: str | None = "Most probable ord
     for entry in found["orders"]:
         table.add_row(Text(number_text(entry["weight"])), Text(" ".join(map(str, entry["order"]))))
     note = f"entropy of the mixture {found['entropy']:.2f} of at most {found['uniform_entropy']:.2f} nats"
-    return _noted(table, [note])
+    uniform = len(found["orders"]) > 1 and math.isclose(found["entropy"], found["uniform_entropy"], rel_tol=1e-6)
+    return _noted(table, [note, "all orders weigh the same: the mixture was not trained"] if uniform else [note])
 
 
 def markdown_table(records: Sequence[Record], *, digits: int = 3, note: str | None = None) -> str:

@@ -205,6 +205,10 @@ def test_the_most_probable_orders_are_listed_with_their_weights():
     text = shown(order_table(found))
     assert ["0.750", "AU4", "AU1"] in [line.split() for line in text.splitlines()]
     assert "entropy of the mixture 0.56 of at most 0.69 nats" in text
+    assert "the same" not in text
+    both = [{"weight": 0.5, "order": order} for order in (["AU1", "AU4"], ["AU4", "AU1"])]
+    text = shown(order_table({"orders": both, "entropy": 0.693, "uniform_entropy": 0.693}))
+    assert "all orders weigh the same" in " ".join(text.split())
 
 
 def test_a_reference_may_list_whole_numbers_of_a_task():
