@@ -9,7 +9,6 @@ from photographs to crops stand in the file's metadata, so that the file alone i
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -404,11 +403,6 @@ def _line(error: BaseException) -> str:
         inner = inner.__cause__
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(inner).__name__
-
-
-def plain_copy(module: AffectModule) -> AffectModule:
-    """Return a copy of a model on the CPU that can be changed for export while the original stays as it is."""
-    return copy.deepcopy(module).cpu().eval()
 
 
 def require_format(given: Any) -> str:  # noqa: ANN401

@@ -503,12 +503,7 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
     Raises:
         CheckpointError: If the config does not build, or tensors are missing or have another shape.
     """
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
-    try:
-        with _Limited(2 * stored + SPARE_BYTES):
-            module = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
-    except Exception as error:
-        raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
+    module = build_float_model(release, tasks)
     if QUANTIZATION in release.config:
         _quantize(module, release)
     if COMPRESSION in release.config:
@@ -518,6 +513,20 @@ def build_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
     except RuntimeError as error:
         raise CheckpointError(f"{release.folder / MODEL}: does not fit its config: {_first_line(error)}") from error
     return module.eval()
+
+
+def build_float_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
+    """Return the float model that a release was made from, with new weights.
+
+    Raises:
+        CheckpointError: If the config does not build.
+    """
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
+    try:
+        with _Limited(2 * stored + SPARE_BYTES):
+            return instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
+    except Exception as error:
+        raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
 
 
 def _quantize(module: AffectModule, release: Release) -> None:

@@ -30,7 +30,7 @@ from affect.export import Difference
 from affect.geometry import CropRecipe, FaceApiFinder
 from affect.models.base import AffectModule
 from affect.quantization import finished
-from affect.release import Release, build_model, build_tasks, read_release
+from affect.release import Release, build_float_model, build_model, build_tasks, read_release
 from affect.tasks import Task
 
 PARITY_FACES = 8
@@ -59,13 +59,17 @@ def run(config: DictConfig) -> None:
     note = f"{texts['labels']} of RGB uint8 faces, {size} px; affect export format={form}"
     # Quantization that a training learnt becomes part of the graph; the model itself is compared, as it was trained.
     ready = finished(module)
+    learnt = module.quantization is not None and module.quantization.activations is not None
+    if learnt and form == export.ONNX:
+        raise ConfigError(
+            "format=onnx: the model was trained with quantized activations, which its file holds: format=onnx_int8. A "
+            "float file needs a float training (callbacks=[default])"
+        )
     if form == export.TORCH:
         content = export.torch_bytes(ready, size, texts)
         found = export.torch_values(content, tasks, image)
     else:
-        plain = export.onnx_bytes(ready, size, list(tasks))
-        learnt = export.is_quantized(plain)
-        content = plain
+        content = plain = export.onnx_bytes(ready, size, list(tasks))
         if form == export.ONNX_INT8 and not learnt:
             batches, told = calibration(config, release, trust)
             console.print(told, highlight=False)
@@ -73,7 +77,7 @@ def run(config: DictConfig) -> None:
             content = export.quantize(plain, batches, reduced, export.nodes_outside(plain, encoder_names(module)))
         content = export.with_metadata(content, texts, note)
         found = export.program_values(content, tasks, image)
-    int8 = form == export.ONNX_INT8
+    int8 = form == export.ONNX_INT8 or learnt
     parity = export.differences(expected, found, tasks)
     console.print(parity_table(parity, f"{form} against the model on {shown}"))
     refused = export.refusal(parity, int8, config.tolerance)
@@ -83,7 +87,9 @@ def run(config: DictConfig) -> None:
     console.print(
         f"[bold]{out}[/bold]: {len(content) / 1e6:.2f} MB, sha256 {export.sha256(content)[:16]}", soft_wrap=True
     )
-    if int8 and float(config.speed.seconds) > 0:
+    if form == export.ONNX_INT8 and float(config.speed.seconds) > 0:
+        if learnt:  # what takes how long does not depend on the weights
+            plain = export.onnx_bytes(build_float_model(release, tasks), size, list(tasks))
         say_speed(console, plain, content, size, config)
     if form != export.TORCH:
         console.print(f"evaluate it: affect evaluate checkpoint={out}", markup=False, soft_wrap=True)

@@ -191,8 +191,7 @@ class Captured(nn.Module):
 
         Batch norm behind a convolution is folded into its integers' steps and its bias; dropout is gone.
         """
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
+        convert_pt2e = _pt2e().convert_pt2e
         shell = copy.deepcopy(self).eval()
         if shell.converted_graph:
             return shell
@@ -246,12 +245,7 @@ def capture(module: nn.Module, name: str, recipe: Recipe) -> Captured:
             f"qat.modules: {name} ({type(module).__name__}) is no encoder of images (it has no image_size); "
             "activations are quantized in encoders only: qat.modules=[encoder], or qat.activations=null"
         )
-    try:
-        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-    except ImportError as error:
-        raise ConfigError(
-            f"qat.activations needs torchao ({error}): pip install 'affect[export]', or set qat.activations=null"
-        ) from error
+    prepare_qat_pt2e = _pt2e().prepare_qat_pt2e
     trainable = {key: parameter.requires_grad for key, parameter in module.named_parameters()}
     # Drawn apart from the run's own numbers, so that a quantized run starts from the weights of the float one.
     random = torch.Generator().manual_seed(0)
@@ -274,6 +268,27 @@ def capture(module: nn.Module, name: str, recipe: Recipe) -> Captured:
     for _, quantizer in captured.quantizers():
         _learn(quantizer)
     return captured.train(module.training)
+
+
+def _pt2e() -> Any:  # noqa: ANN401
+    """Return torchao's module of PT2E, without what its import tells torch's own developers.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    import importlib
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return importlib.import_module("torchao.quantization.pt2e.quantize_pt2e")
+    except ImportError as error:
+        raise ConfigError(
+            f"qat.activations needs torchao ({error}): pip install 'affect[export]', or set qat.activations=null"
+        ) from error
+    finally:
+        logging.disable(before)
 
 
 def _exported(module: nn.Module, name: str, image: Tensor) -> fx.GraphModule:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig
 
+from affect import export as formats
 from affect.commands import evaluate, export, figures, train
 from affect.commands import release as release_command
 from affect.data.protocol import hashed_name, hashed_people
@@ -128,6 +129,33 @@ def test_int8_takes_its_ranges_from_the_training_part(
     assert "float/int8" in printed
     evaluate.run(compose("evaluate", f"checkpoint={file}", *QUIET))
     assert results(tmp_path / "int8.evaluate" / "faces-test")["preprocess"]["exported"] == "onnx_int8"
+
+
+@pytest.mark.slow
+def test_a_file_of_a_quantized_training_is_timed_against_float(
+    compose: Compose, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("torchao", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
+    settings = (
+        "debug=fast",
+        "callbacks=[default,qat_int8]",
+        "callbacks.progress=null",
+        "encoder=plain_convolutions",
+        "encoder.output=vector",
+    )
+    size = ("encoder.image_size=32", "trainer.accelerator=cpu", "logger=none", f"paths.cache={tmp_path / 'cache'}")
+    train.run(compose("train", *settings, *size, f"paths.output={tmp_path / 'run'}", *QUIET))
+    timed: list[bytes] = []
+    measure = formats.compare_speed
+    monkeypatch.setattr(formats, "compare_speed", lambda *given: timed.extend(given[:2]) or measure(*given))
+    asked = (f"checkpoint={tmp_path / 'run'}", "speed.seconds=0.1", "speed.batch_size=2")
+    export.run(compose("export", "format=onnx_int8", *asked, *QUIET[:1]))
+    assert [formats.is_quantized(content) for content in timed] == [False, True]
+    assert "float/int8" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="trained with quantized activations, which its file holds: format=onnx_int8"):
+        export.run(compose("export", "format=onnx", *asked, *QUIET[:1]))
 
 
 @pytest.mark.slow
