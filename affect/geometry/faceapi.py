@@ -306,7 +306,7 @@ def vote(scales: Sequence[NDArray[np.float64]], agreement: int = 2, overlap: flo
     agreement = max(1, min(agreement, len(scales)))
     faces = []
     while len(boxes):
-        same = overlaps(boxes[boxes[:, 4].argmax()], boxes) >= overlap
+        same = overlaps(boxes[boxes[:, 4].argmax(), :4], boxes[:, :4])[0] >= overlap
         group = boxes[same]
         best = np.zeros(len(scales))
         np.maximum.at(best, level[same], group[:, 4])
@@ -317,13 +317,14 @@ def vote(scales: Sequence[NDArray[np.float64]], agreement: int = 2, overlap: flo
     return result[np.argsort(-result[:, 4], kind="stable")]
 
 
-def overlaps(box: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the intersection over union of one box ``(4+,)`` with each of ``boxes`` ``(n, 4+)``."""
-    low = np.maximum(box[:2], boxes[:, :2])
-    high = np.minimum(box[2:4], boxes[:, 2:4])
-    common = np.clip(high - low, 0, None).prod(1)
-    areas = np.clip(boxes[:, 2:4] - boxes[:, :2], 0, None).prod(1)
-    return common / np.maximum(areas + np.clip(box[2:4] - box[:2], 0, None).prod() - common, 1e-12)
+def overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the intersection over union of each box of ``a`` ``(N, 4)`` with each of ``b`` ``(M, 4)``, ``(N, M)``."""
+    a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
+    extent = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    common = np.clip(extent, 0, None).prod(-1)
+    sizes = [np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1) for box in (a, b)]
+    total = sizes[0] + sizes[1] - common
+    return np.divide(common, total, out=np.zeros_like(total), where=total > 0)
 
 
 # ----------------------------------------------------------------------------------------------------- crops

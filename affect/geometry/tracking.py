@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from affect.errors import ConfigError
 from affect.geometry.alignment import CropRecipe, similarity, transform_points
+from affect.geometry.faceapi import overlaps
 from affect.geometry.providers import (
     Detection,
     FaceDetector,
@@ -113,16 +114,6 @@ def read_landmarks(
 
 
 # ------------------------------------------------------------------------------------------------- assignment
-
-
-def overlaps(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the intersection over union of each box of ``a`` ``(N, 4)`` with each of ``b`` ``(M, 4)``, ``(N, M)``."""
-    a, b = np.asarray(a, np.float64).reshape(-1, 1, 4), np.asarray(b, np.float64).reshape(1, -1, 4)
-    extent = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
-    common = np.clip(extent, 0, None).prod(-1)
-    sizes = [np.clip(box[..., 2:] - box[..., :2], 0, None).prod(-1) for box in (a, b)]
-    total = sizes[0] + sizes[1] - common
-    return np.divide(common, total, out=np.zeros_like(total), where=total > 0)
 
 
 def assign(a: NDArray[np.float64], b: NDArray[np.float64], least: float) -> list[tuple[int, int]]:

@@ -107,10 +107,8 @@ class TestVote:
         assert faceapi.vote([]).shape == (0, 5)
 
     def test_intersection_over_union(self):
-        np.testing.assert_allclose(
-            faceapi.overlaps(np.array([0.0, 0, 2, 2]), np.array([[1.0, 1, 3, 3], [0, 0, 2, 2], [5, 5, 6, 6]])),
-            [1 / 7, 1, 0],
-        )
+        a, b = np.array([[0.0, 0, 2, 2], [0, 0, 0, 0]]), np.array([[1.0, 1, 3, 3], [0, 0, 2, 2], [5, 5, 6, 6]])
+        np.testing.assert_allclose(faceapi.overlaps(a, b), [[1 / 7, 1, 0], [0, 0, 0]])
 
 
 def test_crops_are_what_the_recipe_cuts(astronaut):

@@ -11,8 +11,9 @@ import pytest
 
 from affect.errors import ConfigError
 from affect.geometry import Detection, FaceObservation, TwoStageFinder
+from affect.geometry.faceapi import overlaps
 from affect.geometry.templates import FACE_68
-from affect.geometry.tracking import FaceFollower, assign, find_faces, follow_box, overlaps
+from affect.geometry.tracking import FaceFollower, assign, find_faces, follow_box
 
 SIDE = 40
 RANDOM = np.random.default_rng(0)
