@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from affect.commands import assembly
+from affect.commands import assembly, reproduce
 from affect.commands.configuration import config_directory
+from affect.commands.main import main
 from affect.data.batch import FaceBatch
+from affect.errors import ConfigError
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -71,3 +76,27 @@ def test_arms_of_few_fine_faces_differ_in_annotations_and_layers_alone() -> None
         "all_fine": (630, 0, "scores", everything[:1]),
     }
     assert plan.scales.paper.seeds >= 5
+
+
+def test_findings_are_measured_by_place() -> None:
+    results = {"findings": {"stages": {"landmarks_98": {"nme": [9.0, 7.0, 6.5], "points": 12}}}}
+
+    def found(path: str) -> float | None:
+        return reproduce.measured(results, {"finding": f"stages/landmarks_98/{path}"}, "NME")
+
+    assert (found("nme/0"), found("nme/-1"), found("points")) == (9.0, 6.5, 12.0)
+    for path in ("nme/3", "nme/last", "points/0"):
+        with pytest.raises(ConfigError, match=f"controlled.measures.NME: no finding '{path.rpartition('/')[2]}'"):
+            found(path)
+
+
+@pytest.mark.slow
+def test_few_fine_faces_run_on_the_quick_scale(tmp_path: Path) -> None:
+    paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    assert main(["reproduce", "experiment=controlled/decafa_few_fine", "scale=quick", *paths]) == 0
+    (path,) = tmp_path.rglob("reproduce.json")
+    measures = json.loads(path.read_text())["measures"]
+    assert set(measures) == {"NME of 98 points", "NME of the first stage"}
+    for arms in measures.values():
+        assert set(arms) == {"fine_only", "chain", "separate"}
+        assert all(0 < value < 1000 for arm in arms.values() for value in arm["values"].values())

@@ -359,8 +359,8 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
 
     Args:
         results: Contents of its ``results.json``, and its ``folder`` for measures that read predictions.
-        measure: ``{part, task, name}`` of a metric, ``{finding: a/b/c}`` of what a model tells of itself, or a node
-            whose ``_target_`` is a function of the results.
+        measure: ``{part, task, name}`` of a metric, ``{finding: a/b/c}`` of what a model tells of itself (of a list a
+            place, ``-1`` for the last), or a node whose ``_target_`` is a function of the results.
         label: Its name, for messages.
 
     Raises:
@@ -372,10 +372,11 @@ def measured(results: Mapping[str, Any], measure: Any, label: str) -> float | No
     if "finding" in measure:
         node: Any = results.get("findings", {})
         for key in str(measure["finding"]).split("/"):
-            if not isinstance(node, Mapping) or key not in node:
-                options = node if isinstance(node, Mapping) else ()
+            places = range(-len(node), len(node)) if isinstance(node, list) else node
+            options = {str(option): option for option in places} if isinstance(node, list | Mapping) else {}
+            if key not in options:
                 raise ConfigError(f"controlled.measures.{label}: no finding {key!r}; {near(key, options)}")
-            node = node[key]
+            node = node[options[key]]
         return None if node is None else float(node)
     part, task, name = str(measure.get("part", "test")), measure.get("task"), measure.get("name")
     records = [r for r in results["metrics"].get(part, []) if not r.get("subgroup")]

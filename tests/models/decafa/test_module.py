@@ -18,7 +18,7 @@ from affect.errors import ConfigError
 from affect.metrics import alignment
 from affect.models.decafa import Decafa
 from affect.models.decafa.module import stage_factors
-from affect.models.decafa.reading import spread, stage_gain, stage_number
+from affect.models.decafa.reading import spread
 from affect.tasks import to_fractions, to_pixels
 from tests.models.decafa.parts import SIZE, landmarks, make, make_batch, make_tasks
 
@@ -139,7 +139,7 @@ def test_faces_are_supervised_where_they_are_labelled():
         alone = model.training_terms(part)[name]
         torch.testing.assert_close(terms[name].sum, alone.sum)
         torch.testing.assert_close(terms[name].count, alone.count)
-    assert float(terms["landmarks_68"].sum.sum()) == 0
+    assert terms["landmarks_68"].sum.sum().item() == 0
     assert float(terms["landmarks_68"].count.sum()) == 0
 
 
@@ -317,16 +317,6 @@ def test_spread_of_a_pixel_of_an_even_map_and_of_two_pixels():
     maps[1] = 1 / 48
     maps[2, 0, 1] = maps[2, 0, 5] = 0.5
     torch.testing.assert_close(spread(maps).float(), torch.tensor([0.0, math.sqrt((36 + 64 - 2) / 12), 2.0]))
-
-
-def test_reading_numbers_of_stages():
-    results = {"findings": {"stages": {"landmarks": {"nme": [9.0, 7.0, 6.5], "points": 12}}}}
-    assert stage_number(results, stage=0) == 9.0
-    assert stage_number(results) == 6.5
-    assert stage_gain(results) == 2.5
-    assert stage_number(results, name="points") is None
-    assert stage_gain(results, task="other") is None
-    assert stage_number({"findings": {}}) is None
 
 
 # ---------------------------------------------------------------------------------------------- flips
