@@ -455,8 +455,9 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
     """
     nodes = config.get("callbacks") or {}
     callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
+    bars = [callback for callback in callbacks if isinstance(callback, pl.callbacks.ProgressBar)]
     if not config.trainer.get("enable_progress_bar", True):
-        callbacks = [callback for callback in callbacks if not isinstance(callback, pl.callbacks.ProgressBar)]
+        callbacks, bars = [callback for callback in callbacks if callback not in bars], []
     if epochs is not None:
         callbacks = [c for c in callbacks if not isinstance(c, BestWeights | pl.callbacks.EarlyStopping)]
         first = [*first, _Cut(epochs)]
@@ -474,6 +475,7 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
             logger=loggers or False,
             plugins=[AtomicCheckpointIO(), *([environment] if environment is not None else [])],
             default_root_dir=config.paths.output,
+            enable_progress_bar=bool(bars),  # without callbacks.progress Lightning would show one of its own
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise assembly.translated(error, "trainer") from error

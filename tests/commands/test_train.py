@@ -204,14 +204,6 @@ def test_a_finished_run_is_evaluated_as_asked(finished: Path, tmp_path: Path) ->
         train.train(config, tmp_path / "run")
 
 
-def test_a_run_without_a_progress_bar_leaves_its_callback_out(
-    compose: Callable[..., DictConfig], tmp_path: Path
-) -> None:
-    overrides = ("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger=none")
-    trainer = train.build_trainer(compose("train", *overrides, f"paths.output={tmp_path}"), [])
-    assert trainer.progress_bar_callback is None
-
-
 def test_evaluate_by_subgroup(finished: Path, compose: Callable[..., DictConfig], tmp_path: Path) -> None:
     overrides = (f"checkpoint={finished}", "data.num_workers=0", "bootstrap.resamples=0", f"out={tmp_path}")
     evaluate.run(compose("evaluate", *overrides, "group_by=[skin_group]"))
@@ -318,6 +310,19 @@ def test_bad_input_is_one_line_before_training(
         train.run(config)
     assert "\n" not in str(caught.value)
     assert not (Path(config.paths.output) / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bars"),
+    [((), 1), (("callbacks.progress=null",), 0), (("trainer.enable_progress_bar=false",), 0)],
+)
+def test_there_is_a_progress_bar_where_one_is_configured(
+    overrides: tuple[str, ...], bars: int, tmp_path: Path, compose: Callable[..., DictConfig]
+) -> None:
+    from pytorch_lightning.callbacks import ProgressBar
+
+    trainer = train.build_trainer(compose("train", *overrides, f"paths.output={tmp_path}"), [])
+    assert sum(isinstance(callback, ProgressBar) for callback in trainer.callbacks) == bars
 
 
 def test_a_dataset_without_action_units_is_one_line(tmp_path: Path, compose: Callable[..., DictConfig]) -> None:
