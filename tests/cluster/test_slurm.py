@@ -37,7 +37,7 @@ SETTINGS = (
     "figures=false",
 )
 STEPS = 120
-SUBMITIT = ("hydra/launcher=submitit_slurm", "hydra.launcher.max_num_timeout=5", "hydra.launcher.mem_gb=1")
+SUBMITIT = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
 AFFECT = (sys.executable, "-m", "affect.commands.main", "train", "--config-dir", str(HERE / "extension" / "conf"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
 
