@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -190,7 +190,18 @@ ELSEWHERE_RUN = (
 tests/models/decafa/test_experiments.py."""
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if not name.startswith(ELSEWHERE_RUN)])
+QUICK = ("monet_bp4d", "au_transformer_disfa", "rhls_affwild2", "task_token_affwild2", "first_run")
+"""Experiments of which the default tests run two batches, one of each kind; the others are slow tests."""
+
+
+def quick_or_slow(names: Sequence[str], quick: Sequence[str]) -> list:
+    """Return parameters of a test, of which those that are not quick are marked slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", quick_or_slow([name for name in EXPERIMENTS if not name.startswith(ELSEWHERE_RUN)], QUICK)
+)
 def test_every_experiment_runs_two_batches(
     name: str,
     tmp_path: Path,

@@ -260,7 +260,13 @@ def require_labels(predictions: FaceTable, written: FaceTable, moved: bool) -> N
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+QUICK = ("bp4d", "disfa", "rafdb", "affectnet", "affwild2", "ferplus", "300w", "celeba")
+"""Cases that the default tests run, one for each kind of labels and of delivery; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "case", [case if str(case) in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES], ids=str
+)
 def test_from_the_tree_to_the_protocols_numbers(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_tree(case.name, case.options)
     dataset = [f"dataset={case.name}", f"dataset.root={case.name}"]
