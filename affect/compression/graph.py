@@ -74,6 +74,7 @@ class Step:
         inputs: Values that it reads.
         outputs: Values that it gives.
         writes: Storage that it changes, if it writes into one of its inputs.
+        numbers: Its arguments that are plain numbers, in order.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class Step:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     writes: int | None = None
+    numbers: tuple[float, ...] = ()
 
     def told(self) -> str:
         """Return operator and place for messages."""
@@ -161,7 +163,7 @@ class _Recorder(TorchDispatchMode):
     def place(self) -> str:
         return self.places[-1] if self.places else ""
 
-    def __torch_dispatch__(  # noqa: D105
+    def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401
         types: Any,  # noqa: ANN401
@@ -192,7 +194,8 @@ class _Recorder(TorchDispatchMode):
             self.known[changed] = {}
         constant = len(inputs) != len(tensors)
         kind = "other" if constant else _kind(operator, args, kwargs, shapes, given)
-        step = Step(kind, self.place, operator, inputs, [], changed)
+        numbers = tuple(float(one) for one in tree_leaves((args, kwargs)) if type(one) in (int, float))
+        step = Step(kind, self.place, operator, inputs, [], changed, numbers)
         self.steps.append(step)
         step.outputs += [self.add(tensor) for tensor in given]
         return outcome

