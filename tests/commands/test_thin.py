@@ -31,12 +31,12 @@ STAGE1 = ("task=[exogenous]", *YAW, "model=exogenous", "model.hidden=[5]")
 
 @pytest.fixture
 def run(compose: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Path]:
-    def make(*overrides: str, output: str) -> Path:
+    def make(*overrides: str, output: str, figures: bool = False) -> Path:
         from tests.conftest import SMALL
 
         own = ("encoder", "dataset") if "dataset=table" in overrides else ("encoder",)
         kept = [o for o in SMALL if not o.startswith(own)]
-        paths = (f"paths.output={tmp_path / output}", f"paths.cache={tmp_path / 'cache'}")
+        paths = (f"paths.output={tmp_path / output}", f"paths.cache={tmp_path / 'cache'}", f"figures={figures}")
         train.run(compose("train", *kept, *ENCODER, *paths, *overrides))
         return tmp_path / output
 
@@ -56,7 +56,7 @@ def test_two_stages_and_a_release_that_needs_neither(run: Callable[..., Path], t
     first = run(*STAGE1, output="first")
     assert results(first)["labels"] == {"exogenous": ["-30 to -10", "-10 to 10", "10 to 30"]}
     stage2 = (*BOTH, "model.exogenous.classes=3", "model.exogenous.hidden=[5]", f"model.exogenous.weights={first}")
-    second = run(*stage2, output="second")
+    second = run(*stage2, output="second", figures=True)
     found = results(second)
     assert found["labels"]["expression"]
     assert found["initial_weights"]["encoder"]["exogenous.encoder"].startswith("exogenous run first, sha256 ")
@@ -133,7 +133,7 @@ def cohort(folder: Path, parts: dict[str, str]) -> str:
 
 
 def test_people_of_the_exogenous_run_are_no_test_and_stay_known(run: Callable[..., Path], tmp_path: Path) -> None:
-    given = ("dataset=table", "prepare=none", "data.limit=null", "figures=false")
+    given = ("dataset=table", "prepare=none", "data.limit=null")
     parts = {"ada": "train", "bea": "train", "cyd": "train", "dan": "train", "eva": "test"}
     first = run(*STAGE1, *given, cohort(tmp_path / "one", parts), output="first")
     assert results(first)["people"] == {"cohort": ["ada", "bea", "cyd", "dan"]}
