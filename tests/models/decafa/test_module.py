@@ -253,7 +253,7 @@ def test_it_learns_where_things_are_and_the_trainer_runs_it():
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    loader = DataLoader(Fixed(batch, 150), batch_size=None)
+    loader = DataLoader(Fixed(batch, 90), batch_size=None)
     trainer.fit(model.train(), loader)
     after = float(total(model.train().training_terms(batch)))
     assert after < before / 4
