@@ -2,7 +2,7 @@
 """Static ranges for each input channel of a layer, without data (SPIQ).
 
 After Yvinec, Dapogny, Cord and Bailly, "SPIQ: Data-Free Per-Channel Static Input Quantization" (WACV 2023). A batch
-norm says what it gives: channel c has mean β_c and standard deviation |γ_c|. Inputs are divided by a static scale of their
+norm says what it gives: channel c has mean β_c and standard deviation |γ_c|. Inputs are divided by a scale of their
 channel and rounded; the weight is multiplied by it before it is quantized itself, ``W x = (W diag(s)) (x / s)``.
 
 How statistics pass through other operations is not known of the paper; here channels are taken as independent and

@@ -98,7 +98,7 @@ def test_folding_in_between_changes_nothing(make: Callable[[], nn.Module]) -> No
     """Ranges are read before batch norms are folded, and fit the inputs of the layers afterwards."""
     torch.manual_seed(0)
     network = make().eval()
-    x = torch.randn(4, 3, 32, 32, generator=draws())
+    x = torch.randn(8, 3, 64, 64, generator=draws())
     with_statistics(network, x)
     plain, folded = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
     spiq = SPIQ(8, edge_bits=None)
