@@ -104,6 +104,8 @@ def apply_structure(network: nn.Module, node: Any, state: Mapping[str, Tensor], 
             if key not in ATTRIBUTES or not isinstance(value, int) or not hasattr(layer, key):
                 raise CheckpointError(f"{where}: compression.attributes.{name}.{key} is not allowed")
             setattr(layer, key, value)
+            if key == "head_dim" and isinstance(getattr(layer, "scale", None), float):
+                layer.scale = value**-0.5  # as fused attention has it, whatever the size was
     for name, settings in node.get("replaced", {}).items():
         plain = dict(settings)
         kind = LAYERS.get(plain.pop("layer", None))
