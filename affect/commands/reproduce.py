@@ -133,80 +133,6 @@ def run_tuning(
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Choose a setting for arms (``controlled.tune``) by a number of the validation part.
 
-    Each group is tuned on one arm, ``on``, with every value and seed, and the best mean over seeds holds for it and for
-    the arms ``also``. A scale may have other ``values`` and ``seeds`` in a node ``tune`` of its own.
-
-    Args:
-        plan: Node ``controlled``.
-        scale: Its scale.
-        given: Overrides of the command line.
-        arms: Arms that are run; groups without one of them are left out.
-        out: Folder of the experiment.
-        chosen: Name of the experiment.
-        console: Where it says what it does.
-
-    Returns:
-        Value and mean score of each value by the arm that was tuned on, and the overrides of each arm.
-    """
-    from affect.commands import train
-    from affect.commands.distributed import wait_for_all
-
-    node = {**(plan.get("tune") or {}), **(scale.get("tune") or {})}
-    tuned: dict[str, Any] = {}
-    own: dict[str, list[str]] = {}
-    for group in node.get("groups", ()):
-        on, together = str(group["on"]), [str(group["on"]), *map(str, group.get("also", ()))]
-        if not set(together) & set(arms) or any(_key(override) == node["key"] for override in given):
-            continue
-        scores: dict[Any, float] = {}
-        for value in node["values"]:
-            cells = []
-            for seed in range(1, 1 + int(node["seeds"])):
-                folder = out / TUNE / on / str(value) / f"seed{seed}"
-                common = [*plan.get("common", []), *scale.get("overrides", [])]
-                overrides = [*common, *plan["arms"][on], *given, f"{node['key']}={value}", f"seed={seed}"]
-                cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
-                OmegaConf.set_struct(cell, False)
-                cell.compare, cell.paths.output = {}, str(folder)
-                if not (folder / RESULTS).is_file():
-                    console.rule(f"tuning {on}: {node['key']}={value}, seed {seed}")
-                train.train(cell, folder)
-                wait_for_all()
-                found = measured(read_json(folder / RESULTS) | {"folder": str(folder)}, node["measure"], "tune")
-                cells.append(float("nan") if found is None else found)
-            scores[value] = float(np.nanmean(cells)) if np.isfinite(cells).any() else float("-inf")
-        best = max(scores, key=lambda value: scores[value])  # of equal ones the first
-        tuned[on] = {
-            "key": node["key"],
-            "chosen": best,
-            "arms": [arm for arm in together if arm in arms],
-            "scores": {str(value): score for value, score in scores.items()},
-        }
-        own |= {arm: [f"{node['key']}={best}"] for arm in together}
-    return tuned, own
-
-
-def tuning_notes(tuned: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each value that was chosen."""
-    return [
-        f"{node['key']}={node['chosen']} for {', '.join(node['arms'])}: best of "
-        + ", ".join(f"{value} ({score:.3f})" for value, score in node["scores"].items())
-        + f" on the validation part of {on}."
-        for on, node in tuned.items()
-    ]
-
-
-def run_tuning(
-    plan: Mapping[str, Any],
-    scale: Mapping[str, Any],
-    given: Sequence[str],
-    arms: Sequence[str],
-    out: Path,
-    chosen: str,
-    console: Console,
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """Choose a setting for arms (``controlled.tune``) by a number of the validation part.
-
     Each group is tuned on one arm, ``arm``, with every value and seed, and the best mean over seeds holds for it and
     for the arms ``also``. A scale may have other ``values`` and ``seeds`` in a node ``tune`` of its own.
 
@@ -309,26 +235,6 @@ def check_plan(config: DictConfig, plan: Any, chosen: str) -> None:  # noqa: ANN
     for arm in named.values() if isinstance(named, Mapping) else [named] if named else []:
         if arm not in plan["arms"]:
             raise ConfigError(f"controlled.baseline: no arm {arm!r}; {near(str(arm), plan['arms'])}")
-
-
-def check_tuning_plan(plan: Mapping[str, Any]) -> None:
-    """Refuse a tuning that lacks something, names arms that are not there, or would select on the test part."""
-    node = plan.get("tune")
-    if not node:
-        return
-    missing = [key for key in ("key", "values", "measure", "seeds", "groups") if not node.get(key)]
-    if missing:
-        raise ConfigError(f"controlled.tune.{missing[0]} is missing")
-    if node["measure"].get("part") != "validation":
-        raise ConfigError("controlled.tune.measure: the test part selects nothing; write part: validation")
-    seen: set[str] = set()
-    for group in node["groups"]:
-        for arm in [group.get("on"), *group.get("also", ())]:
-            if arm not in plan["arms"]:
-                raise ConfigError(f"controlled.tune.groups: no arm {arm!r}; {near(str(arm), plan['arms'])}")
-            if arm in seen:
-                raise ConfigError(f"controlled.tune.groups: arm {arm} is in two groups")
-            seen.add(arm)
 
 
 def check_tuning_plan(plan: Mapping[str, Any]) -> None:
