@@ -69,6 +69,9 @@ TEXT_BYTES, TEXT_NODES = 64 << 20, 5_000_000
 SPARE_BYTES = 1 << 30
 """What a config may ask for in tensors beyond twice the bytes of the weights: buffers that are made, not stored."""
 
+LARGEST_SIDE = 4096
+"""Largest side of an input in pixels: every crop takes its square in memory."""
+
 PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 """Names of tasks and datasets, which become columns and folders."""
 
@@ -375,8 +378,10 @@ def _check_preprocess(preprocess: Any, where: str) -> None:  # noqa: ANN401
     if not isinstance(preprocess, dict):
         raise CheckpointError(f"{where}: must hold image_size and recipe")
     size, recipe = preprocess.get("image_size"), preprocess.get("recipe")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise CheckpointError(f"{where}: image_size={size!r} must be the side of the input in pixels")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_SIDE:
+        raise CheckpointError(
+            f"{where}: image_size={size!r} must be the side of the input in pixels, at most {LARGEST_SIDE}"
+        )
     if recipe is not None and not (isinstance(recipe, dict) and isinstance(recipe.get("kind"), str)):
         raise CheckpointError(f"{where}: recipe must be null or a crop recipe with its kind")
 

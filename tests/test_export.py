@@ -92,6 +92,7 @@ def test_every_model_predicts_the_same_as_a_file(name: str, made: Callable) -> N
         assert export.refusal(parity, int8=False) is None, parity
 
 
+@pytest.mark.slow
 def test_monet_takes_its_orders_and_draws_along() -> None:
     module = build("monet", (1, 12))
     content = export.onnx_bytes(module, SIZE, list(module.tasks))

@@ -224,7 +224,13 @@ def test_weights_are_off_in_every_node_of_a_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"image_size": "32"}', '{"image_size": 32, "recipe": 3}', '{"image_size": 0}']
+    "text",
+    [
+        "[]",
+        "{}",
+        *(f'{{"image_size": {size}}}' for size in ('"32"', "0", "1000000")),
+        '{"image_size": 32, "recipe": 3}',
+    ],
 )
 def test_strange_preprocessing_is_refused(folder: Path, text: str) -> None:
     (folder / "preprocess.json").write_text(text)

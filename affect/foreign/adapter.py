@@ -29,7 +29,7 @@ from torch import Tensor
 from affect import labels
 from affect.errors import CheckpointError, ConfigError, near
 from affect.geometry import CropRecipe
-from affect.release import check_config, read_plain, require_plain_name
+from affect.release import LARGEST_SIDE, check_config, read_plain, require_plain_name
 
 LAYOUTS = ("NCHW", "NHWC")
 COLOURS = ("RGB", "BGR", "GREY")
@@ -298,7 +298,7 @@ def _known(node: Any, made: type, where: str, place: str, needed: Sequence[str])
 
 def _input(node: dict[str, Any], where: str) -> Input:
     size = node["size"]
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 4096:
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_SIDE:
         raise CheckpointError(f"{where}: input.size={size!r} must be the side of the image in pixels")
     for key, options in (("layout", LAYOUTS), ("colour", COLOURS)):
         if node.get(key) is not None and node[key] not in options:

@@ -322,6 +322,7 @@ def test_a_release_that_names_another_quantizer_is_refused(tiny: Callable[..., D
     refused(lambda node: node.update(root="x"), "quantization: .*root")
 
 
+@pytest.mark.slow
 def test_a_float_run_starts_a_quantized_one_and_the_other_way_round(
     tiny: Callable[..., DictConfig], tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def test_damaged_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         mini_xception.network.__wrapped__()
 
 
+@pytest.mark.slow
 def test_as_an_onnx_file_with_an_adapter_it_gives_the_same(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
