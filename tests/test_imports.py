@@ -34,9 +34,9 @@ MAY_IMPORT = {
     "callbacks": {"models", "tasks", "data.batch", "quantization"},
     "compression": set(),
     "release": {"labels", "tasks", "encoders", "models", "geometry", "compression", "quantization"},
-    "report": {"labels", "metrics"},
     "foreign": {"labels", "tasks", "models", "geometry", "release"},
     "export": {"tasks", "models", "foreign", "data.batch"},
+    "report": {"labels", "metrics"},
     "commands": None,
 }
 """Rooms of ours that each room may import besides itself; None means everything. ``data.batch`` is what travels from
