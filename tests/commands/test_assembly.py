@@ -278,6 +278,7 @@ def test_each_table_gets_its_share_of_an_epoch(two: Run) -> None:
     assert np.bincount(sources).tolist() == [8, 24]
 
 
+@pytest.mark.slow
 def test_two_tables_train_and_are_evaluated_where_each_one_tests(two: Run, tmp_path: Path, conf: Path) -> None:
     train.run(two())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -323,6 +324,7 @@ def test_sources_that_cannot_be_told_apart_or_read_are_refused(two: Run, conf: P
         assembly.build_sources(config, None)
 
 
+@pytest.mark.slow
 def test_every_shipped_dataset_can_be_one_of_several() -> None:
     from affect.commands.configuration import command_groups, config_directory, open_hydra
 

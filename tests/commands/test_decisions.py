@@ -218,6 +218,7 @@ def test_what_cannot_be_is_refused_before_training(
     assert not (Path(config.paths.output) / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_refit_decides_at_the_thresholds_of_the_run_that_chose_its_epochs(
     tiny_run: Callable[..., DictConfig],
 ) -> None:

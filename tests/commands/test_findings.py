@@ -33,6 +33,7 @@ def test_the_order_of_monet_is_drawn_printed_and_logged(
     assert [set(epoch) >= {"order/entropy", "order/largest_weight"} for epoch in found["history"]] == [True, True]
 
 
+@pytest.mark.slow
 def test_tokens_show_where_they_look_and_uncertainties_are_drawn(tiny_run: Callable[..., DictConfig]) -> None:
     tasks = "task=[au,expression,valence_arousal]"
     model = ("model=task_token_transformer", "encoder.output=map", "model.dim=16", "model.heads=2", "model.hidden=16")

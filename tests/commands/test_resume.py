@@ -154,6 +154,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path: Path, uninterrupted: Pat
     _same(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_killed_twice(tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     assert _run(_train_until, folder, 3) == -signal.SIGKILL
@@ -184,6 +185,7 @@ def _train_until_results(folder: Path, *overrides: str) -> None:
     _train_settings(folder, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -204,6 +204,7 @@ def test_a_search_maximises_and_goes_on_where_it_stopped(calls, shipped):
     assert ran == [*seeds, seeds[2]]
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_stop_a_search(calls, shipped, capsys):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper.optuna_sweeper")
     ran = training(calls)

@@ -150,6 +150,7 @@ def test_people_of_the_exogenous_run_are_no_test_and_stay_known(run: Callable[..
     assert set(allowed["people"]["cohort"]) == {"ada", "bea", "cyd", "dan", "fay", "gil", "hal"}
 
 
+@pytest.mark.slow
 def test_another_exogenous_run_in_the_same_folder_makes_another_run(run: Callable[..., Path], tmp_path: Path) -> None:
     first = run(*STAGE1, output="first")
     stage2 = (*BOTH, "model.exogenous.classes=3", "model.exogenous.hidden=[5]", f"model.exogenous.weights={first}")

@@ -144,6 +144,7 @@ def test_a_running_run_is_refused(finished: Path) -> None:
         train.train(config, finished)
 
 
+@pytest.mark.slow
 def test_force_trains_again_with_the_same_result(finished: Path, tiny_run: Callable[..., DictConfig]) -> None:
     config = tiny_run()
     train.run(config)

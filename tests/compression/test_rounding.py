@@ -90,6 +90,7 @@ def test_learned_rounding_beats_nearest_on_calibration_and_other_images(network:
     assert torch.equal(learned.unused.stored(), nearest.unused.stored())
 
 
+@pytest.mark.slow
 def test_all_offsets_settle_and_stay_soft_without_the_pull(network: Net) -> None:
     undecided = []
     for strength in (1e-2, 0.0):
