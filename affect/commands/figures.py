@@ -255,10 +255,10 @@ def write_stages(
     true = crop_points(module.tasks, batch.targets, batch)
     for scheme, name in module.names.items():
         maps = torch.stack([output.maps[scheme].sum(1) for output in outputs]).float().cpu().numpy()
-        points = [outputs[k].points[scheme].float().cpu().numpy() for k in (0, -1)]
+        first, last = (outputs[k].points[scheme].float().cpu().numpy() for k in (0, -1))
         errors = found.get(name, {}).get("nme")
         title = f"Where each stage looks for the points of {name}"
-        figure = draw.stage_sheet(images(batch), maps, *points, true[name], errors=errors, title=title)
+        figure = draw.stage_sheet(images(batch), maps, first, last, true[name], errors=errors, title=title)
         draw.save(figure, folder / f"{name}_stages.png")
         show(loggers, f"stages/{name}", figure, step)
 

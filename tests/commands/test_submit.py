@@ -121,9 +121,7 @@ def test_thresholds_come_from_the_run_and_are_told(run, tmp_path, compose, capsy
     assert "AU26 0.22 on: thresholds=…" in said
     found, said = answers(table)
     assert found == wanted
-    assert (
-        "AU1 0, AU2 0.02, AU4 0.04, AU6 0.06, AU7 0.08, AU10 0.1, AU12 0.12, AU15 0.14, AU23 0.16, " in said
-    )
+    assert "AU1 0, AU2 0.02, AU4 0.04, AU6 0.06, AU7 0.08, AU10 0.1, AU12 0.12, AU15 0.14, AU23 0.16, " in said
     assert f"AU26 0.22 on: the tuned ones of {copy}" in said
     assert answers(table, "thresholds=0.5")[0] != wanted
 

@@ -38,8 +38,8 @@ def few_fine_faces(
 
     Which faces these are follows from the seed alone: with another number of coarse ones the fine ones stay the same,
     and a smaller number of either is a part of a larger one. Points of schemes that are neither fine nor coarse are
-    left out. Columns besides those of the faces: ``part``, and ``share``, a weight under which fine and coarse faces have
-    equal shares of an epoch (``data.sampling.kind=weighted``).
+    left out. Columns besides those of the faces: ``part``, and ``share``, a weight under which fine and coarse faces
+    have equal shares of an epoch (``data.sampling.kind=weighted``).
 
     Args:
         dials: What is drawn.
