@@ -129,7 +129,7 @@ def build_transforms(config: DictConfig) -> list[Transform]:
     Raises:
         ConfigError: If there is none.
     """
-    nodes = config.compression if isinstance(config.compression, DictConfig) else {}
+    nodes = {} if OmegaConf.is_missing(config, "compression") else config.compression
     if not nodes:
         from affect.commands.configuration import config_directory
 

@@ -22,6 +22,7 @@ from affect.commands.predictor import prediction_recipe
 from affect.commands.release import describe_training, run_results
 from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import quiet
+from affect.compression.layers import baked
 from affect.data.batch import FaceBatch
 from affect.data.images import read_image
 from affect.data.protocol import TRAIN, hashed_people
@@ -30,7 +31,7 @@ from affect.export import Difference
 from affect.geometry import CropRecipe, FaceApiFinder
 from affect.models.base import AffectModule
 from affect.quantization import finished
-from affect.release import Release, build_float_model, build_model, build_tasks, read_release
+from affect.release import COMPRESSION, Release, build_float_model, build_model, build_tasks, read_release
 from affect.tasks import Task
 
 PARITY_FACES = 8
@@ -59,6 +60,8 @@ def run(config: DictConfig) -> None:
     note = f"{texts['labels']} of RGB uint8 faces, {size} px; affect export format={form}"
     # Quantization that a training learnt becomes part of the graph; the model itself is compared, as it was trained.
     ready = finished(module)
+    # Codes of a compressed model are decoded once: the graph holds the weights that they stand for.
+    ready = baked(ready) if COMPRESSION in release.config else ready
     learnt = module.quantization is not None and module.quantization.activations is not None
     if learnt and form == export.ONNX:
         raise ConfigError(

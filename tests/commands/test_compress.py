@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``affect compress`` from a run to a release that other commands take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from omegaconf import DictConfig
+
+from affect.commands import compress, evaluate, export, figures, train
+from affect.commands.export import parity_faces, predicted
+from affect.errors import ConfigError
+from affect.release import build_model, build_tasks, read_release
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a finished run with batch norms on built-in faces, with a class, a regression and units."""
+    from affect.commands.configuration import compose
+
+    folder = tmp_path_factory.mktemp("compressed") / "run"
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
+    overrides = [
+        "encoder=timm", "encoder.name=test_resnet", "encoder.image_size=32", "dataset.count=60",
+        "dataset.dials.subjects=12", "dataset.dials.image_size=48", "task=[au,expression,valence_arousal]",
+        "trainer.max_epochs=1", "trainer.accelerator=cpu", "data.num_workers=0", "logger=none", "protocol.test=2",
+        "callbacks.progress=null", "trainer.enable_progress_bar=false", "bootstrap.resamples=0",
+        f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}",
+    ]  # fmt: skip
+    train.run(compose("train", overrides))
+    monkeypatch.undo()
+    return folder
+
+
+def compressed(compose: Compose, run: Path, out: Path, methods: str, *overrides: str) -> dict:
+    config = compose("compress", f"checkpoint={run}", f"out={out}", f"compression=[{methods}]", *overrides)
+    compress.run(config)
+    return json.loads((out / "compression.json").read_text(encoding="utf-8"))
+
+
+def predictions(folder: Path) -> dict[str, torch.Tensor]:
+    release = read_release(folder)
+    return predicted(build_model(release, build_tasks(release)), parity_faces(release.preprocess)[0])
+
+
+def test_folding_changes_nothing_and_heads_stay_as_they_are(compose: Compose, run: Path, tmp_path: Path) -> None:
+    written = compressed(compose, run, tmp_path / "out", "bn_folding")
+    report = written["encoders"]["encoder"][0]
+    assert report["totals"]["left"] == 0 < report["totals"]["folded"]
+    assert report["error"] < 1e-5
+    expected = predictions(run)
+    for name, value in predictions(tmp_path / "out").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    before, after = read_release(run).state, read_release(tmp_path / "out").state
+    heads = [name for name in before if not name.startswith("encoder.")]
+    assert heads
+    assert all(torch.equal(before[name], after[name]) for name in heads)
+    assert written["after"]["bytes"] < written["before"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_chain_is_evaluated_exported_and_compressed_no_further(
+    compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    written = compressed(compose, run, out, "bn_folding,spiq,uniform", "compression.uniform.bits=6")
+    assert written["methods"] == ["bn_folding", "spiq", "uniform"]
+    assert written["after"]["bytes"] < 0.5 * written["before"]["bytes"]
+    table = (out / "compression.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in table for name in written["methods"])
+    node = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["compression"]
+    assert {one["layer"] for one in node["replaced"].values()} >= {"convolution", "without_norm"}
+    evaluate.run(
+        compose("evaluate", f"checkpoint={out}", f"out={tmp_path / 'table'}", "bootstrap.resamples=0",
+                "data.num_workers=0", f"paths.cache={run.parent / 'cache'}")
+    )  # fmt: skip
+    assert (tmp_path / "table" / "results.json").is_file()
+    export.run(compose("export", f"checkpoint={out}", f"out={tmp_path / 'model.onnx'}"))
+    assert (tmp_path / "model.onnx").is_file()
+    with pytest.raises(ConfigError, match="bn_folding"):
+        compressed(compose, run, tmp_path / "wrong", "uniform,bn_folding")
+    assert "evaluate it: affect evaluate" in capsys.readouterr().out
+
+
+def test_what_loses_too_much_is_named(
+    compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ("compression.uniform.bits=2", "compression.uniform.edge_bits=null", "tolerance=0")
+    compressed(compose, run, tmp_path / "out", "uniform", *few)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "more than tolerance=0" in told
+    assert "each alone, the layers that change the output most: model." in told
+    worst = told.split("protect=[")[1].split("]")[0]
+    again = compressed(compose, run, tmp_path / "again", "uniform", *few, f"compression.uniform.protect=[{worst}]")
+    assert worst not in {one["name"] for one in again["encoders"]["encoder"][0]["layers"]}
+
+
+def test_mistakes_are_told_before_anything_is_written(compose: Compose, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"name what to do.*bn_folding.*uniform"):
+        compress.run(compose("compress", f"checkpoint={run}", f"out={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+    compressed(compose, run, tmp_path / "out", "bn_folding")
+    with pytest.raises(ConfigError, match="force=true replaces it"):
+        compressed(compose, run, tmp_path / "out", "bn_folding")
+    compressed(compose, run, tmp_path / "out", "bn_folding", "force=true")
