@@ -53,6 +53,7 @@ def results_of(tmp_path: Path) -> dict:
     return json.loads((tmp_path / "output" / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pal_affectnet7", pytest.param("pal_affectnet8", marks=pytest.mark.slow)])
 def test_affectnet_trains_with_its_own_points(name: str, tmp_path: Path, trees: Callable[[str], Path]) -> None:
     train.run(compose("train", [*words(name, tmp_path, trees("affectnet")), *VGG, "figures=true"]))

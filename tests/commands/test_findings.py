@@ -16,6 +16,7 @@ from affect.commands import train
 BUILT_IN = ("task=[au]", "logger=tensorboard", "dataset.aus=[1,4,12,25]")
 
 
+@pytest.mark.slow
 def test_the_order_of_monet_is_drawn_printed_and_logged(
     tiny_run: Callable[..., DictConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

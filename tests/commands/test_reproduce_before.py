@@ -19,6 +19,7 @@ PLAN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_digits_run_on_the_quick_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn.datasets")
     monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)  # slow, and tested elsewhere

@@ -55,6 +55,7 @@ def joint(tmp_path: Path, tree: Callable[..., Path], *overrides: str) -> DictCon
     return composed(tmp_path, "decafa_joint", *given, *overrides)
 
 
+@pytest.mark.slow
 def test_three_sets_with_three_schemes_are_learnt_by_turns(tmp_path: Path, tree: Callable[..., Path]) -> None:
     config = joint(tmp_path, tree)
     train.run(config)
