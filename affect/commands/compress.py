@@ -129,7 +129,7 @@ def build_transforms(config: DictConfig) -> list[Transform]:
     Raises:
         ConfigError: If there is none.
     """
-    nodes = {} if OmegaConf.is_missing(config, "compression") else config.compression
+    nodes = config.compression
     if not nodes:
         from affect.commands.configuration import config_directory
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from affect.commands import compress, evaluate, export, figures, train
 from affect.commands.export import parity_faces, predicted
+from affect.commands.main import main
 from affect.errors import ConfigError
 from affect.release import build_model, build_tasks, read_release
 
@@ -103,9 +104,13 @@ def test_what_loses_too_much_is_named(
     assert worst not in {one["name"] for one in again["encoders"]["encoder"][0]["layers"]}
 
 
-def test_mistakes_are_told_before_anything_is_written(compose: Compose, run: Path, tmp_path: Path) -> None:
+def test_mistakes_are_told_before_anything_is_written(
+    compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ConfigError, match=r"name what to do.*bn_folding.*uniform"):
         compress.run(compose("compress", f"checkpoint={run}", f"out={tmp_path / 'out'}"))
+    assert main(["compress", f"checkpoint={run}", f"out={tmp_path / 'out'}"]) == 2
+    assert "name what to do: compression=[<method>" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     compressed(compose, run, tmp_path / "out", "bn_folding")
     with pytest.raises(ConfigError, match="force=true replaces it"):
