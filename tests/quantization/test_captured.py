@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from affect.errors import ConfigError
 from affect.models.baseline import Baseline
@@ -273,23 +276,120 @@ def test_a_frozen_batch_norm_stays_frozen() -> None:
     assert [norm.frozen for norm in norms] == [True, False]
 
 
-INEXACT = pytest.mark.xfail(
-    strict=False,
-    reason="known defect: converted, networks with squeeze and excitation differ by more than their rounding explains",
-)
+class Watched(fx.Interpreter):
+    """Runs a graph and keeps what each node gave; what reads a node may be handed another value in its place.
+
+    Args:
+        graph: The graph.
+        handed: Values by the name of a node.
+    """
+
+    def __init__(self, graph: fx.GraphModule, handed: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(graph)
+        self.handed = dict(handed or {})
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if not isinstance(value, Tensor) or node.op not in ("call_function", "call_module"):
+            return value
+        self.found[node.name] = value.clone()  # operations in place may follow
+        return self.handed[node.name].clone() if node.name in self.handed else value
+
+
+def assert_converted_node_by_node(captured: Captured, image: Tensor) -> None:
+    """Compare each node of a converted graph with the node that it comes from, both fed what the latter was fed.
+
+    A layer has to agree to what float32 rounds. A quantizer has to give the same level, but where a number lies at
+    the edge of two.
+    """
+    graph, integers = captured.graph, captured.converted().graph
+    trained = Watched(graph)
+    captured(image)  # sets what an evaluation sets
+    trained.run(image)
+    kinds = [str(node.target) for node in integers.graph.nodes if node.op == "call_function"]
+    assert not [name for name in kinds if "batch_norm" in name], "each is folded into the layer before it"
+
+    def folded(node: fx.Node) -> str:
+        norm = node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), SwitchedBatchNorm)
+        return node.args[0].name if norm else node.name  # type: ignore[union-attr]
+
+    handed, quantized = {}, {}
+    for node in graph.graph.nodes:
+        if node.name in trained.found and Captured.QUANTIZER not in str(node.target):
+            handed[folded(node)] = trained.found[node.name]
+        elif node.name in trained.found and node.args[0].op != "get_attr":
+            quantized[folded(node.args[0])] = node
+    pairs = {
+        node.name: quantized[node.args[0].args[0].name]
+        for node in integers.graph.nodes
+        if "dequantize_per_tensor" in str(node.target)
+    }
+    assert set(pairs.values()) == set(quantized.values()), "each quantizer is there"
+    handed |= {name: trained.found[node.name] for name, node in pairs.items()}
+    found = Watched(integers, handed)
+    found.run(image)
+    compared = set(handed) & set(found.found)
+    kept = [node for node in integers.graph.nodes if node.op == "call_function"]
+    unseen = {node.name for node in kept if "quantize" not in str(node.target)} & set(found.found) - compared
+    assert not unseen, "every operation comes from one of the trained graph"
+    for name in compared:
+        value, wanted = found.found[name], handed[name]
+        if name not in pairs:
+            assert (value - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+            continue
+        step = float(graph.get_submodule(str(pairs[name].target)).scale)  # type: ignore[arg-type]
+        apart = ((value - wanted) / step).abs()
+        other = apart > 0.5
+        read = trained.found[pairs[name].args[0].name][other] / step  # type: ignore[union-attr]
+        assert bool((apart[other] < 1.5).all()), name
+        assert bool(((read % 1 - 0.5).abs() < 1e-3).all()), name
+        assert apart[~other].max() < 1e-3, name
+
+
+class Gated(nn.Module):
+    """An encoder with squeeze and excitation, a residual sum and activations in place."""
+
+    image_size, num_features = models.SIDE, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.project = nn.Conv2d(3, 8, 3, 2, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8, eps=1e-2, momentum=1.0) for _ in range(2)])
+        self.squeeze, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, -1.5, 1.5)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        values = F.hardswish(self.norms[0](self.stem(image.float() / 128 - 1)), inplace=True)
+        gate = self.expand(F.relu(self.squeeze(values.mean((2, 3), keepdim=True)), inplace=True))
+        return (self.norms[1](self.project(values * F.hardsigmoid(gate))) + values).mean((2, 3))
+
+
+@pytest.mark.parametrize("recipe", [INT8, LOW], ids=["int8", "w2a2"])
+def test_squeeze_and_excitation_converts_node_by_node(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    captured = capture(Gated(), "encoder", recipe)
+    image = models.batch(32).image
+    with captured.start_from():
+        captured(image)
+    captured.train()(image)
+    captured.eval()
+    with torch.no_grad():
+        assert_converted_node_by_node(captured, image)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(pytest.param(n, marks=INEXACT) for n in ("mobilenetv3_small_050", "test_efficientnet")),
-        "test_vit",
-        "test_convnext",
-    ],
-)
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_efficientnet", "test_vit", "test_convnext"])
 @pytest.mark.parametrize("recipe", [INT8, LOW], ids=["int8", "w2a2"])
 def test_timm_encoders(name: str, recipe: Recipe) -> None:
+    """Each node is what it was; whole networks differ by less than their own rounding errors.
+
+    Folding rounds sums otherwise, by 1e-7. That moves a number at the edge of two levels to the other one, a whole
+    step, and untrained layers, of statistics of four images, pass that on enlarged: changing batch norm's statistics
+    by 1e-6 does the same to the outputs.
+    """
     from affect.encoders import TimmEncoder
 
     torch.manual_seed(0)
@@ -305,7 +405,10 @@ def test_timm_encoders(name: str, recipe: Recipe) -> None:
     captured.train()(image).square().sum().backward()
     captured.eval()
     with torch.no_grad():
-        values = captured(image)
+        assert_converted_node_by_node(captured, image)
+        values, converted = captured(image), captured.converted()(image)
         assert values.shape == encoder(image).shape
-        # Folding rounds otherwise by 1e-7, which moves a number at the edge of two levels to the other one.
-        assert (captured.converted()(image) - values).norm() < (0.1 if recipe is INT8 else 0.5) * values.norm()
+        for _, quantizer in captured.quantizers():
+            quantizer.fake_quant_enabled[0] = 0
+        # Two errors of rounding without anything in common are this far apart, and no farther.
+        assert (converted - values).norm() <= 1.5 * (values - captured(image)).norm()
