@@ -99,9 +99,11 @@ class BestWeights(pl.Callback):
         score = values[self.monitor]
         if self.epoch < 0 or score > self.score or (math.isnan(self.score) and not math.isnan(score)):
             self.score, self.epoch = score, trainer.current_epoch
+            # Encoders that are shared out are gathered by all processes.
+            state = pl_module.release_state() if trainer.is_global_zero or pl_module.shards is not None else {}
             if trainer.is_global_zero:
                 with _said(self.folder / BEST):
-                    save_tensors(self.folder / BEST, pl_module.release_state())
+                    save_tensors(self.folder / BEST, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continued run must know."""

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from affect.errors import ConfigError, near
 from affect.models.base import AffectModule
+from affect.models.sharding import FullyShardedStrategy
 
 RULES = ("none", "linear", "sqrt")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -149,3 +150,26 @@ def compile_encoders(config: DictConfig, module: AffectModule) -> None:
         raise ConfigError("compile.encoder=true: this model has no encoder; set compile.encoder=false")
     for _, encoder in encoders:
         encoder.compile(backend=backend, mode=None if mode == "default" else mode)
+
+
+def check_sharing(config: DictConfig, module: AffectModule, trainer: pl.Trainer) -> None:
+    """Refuse what does not go with encoders that are shared out over processes (``trainer=fsdp``).
+
+    Raises:
+        ConfigError: With what to change.
+    """
+    if not isinstance(trainer.strategy, FullyShardedStrategy):
+        return
+    tapping = [name for name, objective in module.objectives.items() if getattr(objective, "layers", ())]
+    averaging = any(isinstance(c, pl.callbacks.WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    refused = {
+        "there is no encoder to share out": not list(module.encoder_modules()),
+        f"objective {''.join(tapping[:1])} differentiates twice through layers of the encoder": bool(tapping),
+        "callbacks.ema averages whole weights": averaging,
+        "callbacks.qat replaces weights of the encoder": module.quantization is not None,
+        "compile.encoder=true was never tried with it": bool((config.get("compile") or {}).get("encoder")),
+        "trainer.sync_batchnorm=true has no effect in it": bool(config.trainer.get("sync_batchnorm")),
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise ConfigError(f"trainer.strategy: encoders cannot be shared out here, {reason}; use trainer=ddp")

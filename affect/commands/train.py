@@ -33,7 +33,13 @@ from affect.callbacks import (
     preemptible,
 )
 from affect.commands import assembly, decisions, figures, inference
-from affect.commands.acceleration import check_precision, compile_encoders, resolve_batching, scale_learning_rate
+from affect.commands.acceleration import (
+    check_precision,
+    check_sharing,
+    compile_encoders,
+    resolve_batching,
+    scale_learning_rate,
+)
 from affect.commands.check import verified
 from affect.commands.configuration import leaves
 from affect.commands.distributed import (
@@ -356,6 +362,7 @@ def _train(
     datamodule.batch_size = batching.per_process
     scale_learning_rate(module, batching.learning_rate_factor)
     compile_encoders(config, module)
+    check_sharing(config, module, trainer)
     by_score = config.selection in ("best_val", "best_on_test")
     if by_score and not any(isinstance(c, BestWeights) for c in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(f"selection={config.selection} needs callbacks.best; or selection=last")
@@ -372,6 +379,8 @@ def _train(
     else:
         log_settings(trainer.loggers, config)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed)
+    if module.shards is not None:
+        module.shards.gather(module)
     if not trainer.is_global_zero:
         return None
 

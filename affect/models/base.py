@@ -16,9 +16,11 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from affect.errors import ConfigError, near
 from affect.losses.base import Terms
+from affect.models.sharding import Shards, clip_norm, full
 from affect.models.weighting import FixedWeighting
 from affect.tasks import Task, to_pixels
 
@@ -120,6 +122,7 @@ class AffectModule(pl.LightningModule):
 
     Attributes:
         last_validation: What the validation of the current epoch logged; empty before it.
+        shards: How encoders are shared out over processes, set by ``FullyShardedStrategy``; None where they are whole.
         quantization: What of the model is quantized (``affect.quantization.Quantization``), None for a float model.
         taps: Activations of the layers that objectives asked for, from the last forward pass; not detached.
     """
@@ -171,6 +174,7 @@ class AffectModule(pl.LightningModule):
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}}
         self.last_validation: dict[str, float] = {}
         self.quantization: Any = None
+        self.shards: Shards | None = None
 
     # ---------------------------------------------------------------------------------- what methods override
 
@@ -374,7 +378,7 @@ class AffectModule(pl.LightningModule):
                 if name in kept:
                     undecayed.add(id(parameter))
                 depth[id(parameter)] = self.encoder_lr_scale * (self.layer_decay or 1.0) ** below
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
         rate = getattr(self.weighting, "lr", None)
         weights = [p for p in self.weighting.parameters() if p.requires_grad and rate is not None]
         apart = {id(parameter) for parameter in weights}
@@ -382,10 +386,12 @@ class AffectModule(pl.LightningModule):
             if parameter.requires_grad and id(parameter) not in apart:
                 named = id(parameter) in undecayed or any(key in name for key in self.no_weight_decay)
                 decayed = parameter.ndim > 1 and not named
-                groups.setdefault((depth.get(id(parameter), 1.0), decayed), []).append(parameter)
+                # Fused steps take parameters that are shared out, or none that are.
+                kind = (depth.get(id(parameter), 1.0), decayed, isinstance(parameter, DTensor))
+                groups.setdefault(kind, []).append(parameter)
         listed: list[dict[str, Any]] = [
             {"params": parameters, "lr_scale": scale} | ({} if decayed else {"weight_decay": 0.0})
-            for (scale, decayed), parameters in groups.items()
+            for (scale, decayed, _), parameters in groups.items()
         ]
         if weights:
             constant = {"weight_decay": 0.0, "schedule": "constant", "clip": False}
@@ -448,6 +454,8 @@ class AffectModule(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups if group.get("clip", True) for p in group["params"]]
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif self.shards is not None:
+            clip_norm(parameters, gradient_clip_val)
         else:
             nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
@@ -497,6 +505,26 @@ class AffectModule(pl.LightningModule):
             for layer in objective.layers:
                 self._tap_handles.append(modules[layer].register_forward_hook(self._tap(layer)))
 
+    def configure_model(self) -> None:
+        """Share out the encoders where the strategy says so."""
+        if self.shards is not None:
+            self.shards.share_out(self, self.encoder_modules())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Average the gradients of what stays whole beside shared-out encoders."""
+        if self.shards is not None:
+            self.shards.average_gradients(self)
+
+    def on_validation_start(self) -> None:
+        """Hold shared-out encoders as a whole: processes differ in their number of validation batches."""
+        if self.shards is not None:
+            self.shards.keep_whole(self, True)
+
+    def on_validation_end(self) -> None:
+        """Go back to parts of shared-out encoders."""
+        if self.shards is not None:
+            self.shards.keep_whole(self, False)
+
     def _tap(self, layer: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             self.taps[layer] = output
@@ -516,9 +544,12 @@ class AffectModule(pl.LightningModule):
         self.last_validation = dict(checkpoint.get("affect_last_validation", {}))
 
     def release_state(self) -> dict[str, Tensor]:
-        """Return the tensors that prediction needs: no loss, metric or target-transform buffers."""
+        """Return the tensors that prediction needs: no loss, metric or target-transform buffers.
+
+        Of encoders that are shared out, all processes must ask together.
+        """
         excluded = ("losses.", "targets.", "validation_metrics.", "objectives.", "weighting.")
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(excluded)}
+        return {name: full(value) for name, value in self.state_dict().items() if not name.startswith(excluded)}
 
     def load_release_state(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``release_state`` returned.

@@ -38,6 +38,7 @@ SWEEPS: Mapping[str, tuple[str, ...]] = {
     "basic": ("seed=1,2", "selection=refit", "trainer.max_epochs=2", "experiment=two_arms"),
     "spawned": ("seed=1", "hydra/launcher=submitit_local"),
     "tasks": ("seed=1", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"),
+    "shared": ("seed=1", "trainer=fsdp", "trainer.strategy.minimum_parameters=1000", "selection=last"),
 }
 
 
@@ -50,6 +51,8 @@ def sweeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     running = {}
     for name, settings in SWEEPS.items():
         words = [sys.executable, "-m", "affect.commands.main", "train", "-m", "--config-dir", str(EXTENSION), *SETTINGS]
+        if "trainer=fsdp" in settings:
+            words.remove("trainer=ddp")
         words += [*settings, f"paths.cache={folder / 'cache'}", f"hydra.sweep.dir={folder / name}"]
         with (folder / f"{name}.log").open("w") as log:
             running[name] = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
@@ -120,9 +123,41 @@ def test_slurm_is_never_asked_by_lightning_to_queue_a_job_again(monkeypatch: pyt
     assert isinstance(distributed.cluster_environment(), LightningEnvironment)
 
 
-def test_shared_out_weights_need_a_gpu(tiny_run: Callable[..., DictConfig]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="trainer: ") as caught:
-        train.run(tiny_run("trainer=fsdp"))
+@pytest.mark.slow
+def test_shared_out_encoders_train_to_the_weights_of_copies(sweeps: dict[str, Path]) -> None:
+    copies, shared = (sweeps[name] / "0" for name in ("spawned", "shared"))
+    for run in (copies, shared):
+        assert (run / "last.ckpt").is_file()
+    ours, theirs = (load_file(run / "release" / "model.safetensors") for run in (shared, copies))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    numbers = [json.loads((run / "results.json").read_text())["metrics"]["test"] for run in (copies, shared)]
+    assert numbers[0]
+    assert len(numbers[0]) == len(numbers[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            (
+                "objective=[privileged_attribution]",
+                "objectives.pal.layer=encoder.model.layer3",
+                "objectives.pal.task=au",
+                "task=[au,landmarks]",
+            ),
+            "differentiates twice",
+        ),
+        (("callbacks=[default,ema]",), "averages whole weights"),
+        (("callbacks=[default,qat]",), "replaces weights"),
+        (("compile.encoder=true",), "never tried"),
+        (("trainer.sync_batchnorm=true",), "no effect"),
+    ],
+)
+def test_what_does_not_go_with_shared_out_encoders_is_refused(
+    tiny_run: Callable[..., DictConfig], settings: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        train.run(tiny_run("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", *settings))
     assert "\n" not in str(caught.value)

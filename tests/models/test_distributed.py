@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from affect.losses import Concordance
 from tests.models.two_processes import SIZE, STEPS, make_batch, make_module, take
@@ -19,9 +20,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder that the processes write to."""
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict[str, Any]]:
     """Return what one process, and each of two, found."""
-    folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "tests.models.two_processes", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -60,6 +66,25 @@ def test_validation_equals_one_process(found: dict[str, dict[str, Any]]) -> None
         keys = [key for key in one if key.startswith(f"val/{name}")]
         assert keys, (name, sorted(one))
         assert all(one[key] == one[key] for key in keys)
+
+
+def test_shared_out_encoders_train_to_the_weights_of_one_process(found: dict[str, dict[str, Any]]) -> None:
+    """Clipped, accumulated, with validations of unequal lengths, in one go and continued from a checkpoint."""
+    one, first, second = (found[name]["shared out"] for name in ("world1-rank0", "world2-rank0", "world2-rank1"))
+    assert [each["shared out"] for each in (one, first, second)] == [False, True, True]
+    for case in ("weights", "continued"):
+        assert _far(first[case], second[case]) == 0
+        assert _far(first[case], one["weights"]) < 1e-5, case
+    assert _far(one["weights"], make_module().release_state()) > 1e-2
+
+
+def test_files_of_a_shared_out_run_hold_whole_weights(found: dict[str, dict[str, Any]], folder: Path) -> None:
+    ours = load_file(folder / "world2" / "best.safetensors")
+    theirs = load_file(folder / "world1" / "best.safetensors")
+    assert _far(ours, theirs) < 1e-5
+    last = torch.load(folder / "world2" / "2.ckpt", weights_only=True)["state_dict"]
+    for name, value in found["world2-rank0"]["shared out"]["weights"].items():
+        assert torch.equal(last[name], value), name
 
 
 def test_concordance_is_averaged_over_the_parts_of_each_process(found: dict[str, dict[str, Any]]) -> None:

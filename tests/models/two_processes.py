@@ -22,9 +22,11 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from affect import losses, metrics, tasks
+from affect.callbacks.checkpoint import AtomicCheckpointIO, BestWeights
 from affect.data.batch import FaceBatch
 from affect.data.sampling import OrderedSampler
 from affect.models.baseline import Baseline
+from affect.models.sharding import FullyShardedStrategy
 
 STEPS, SIZE, ODD = 4, 8, 21
 """Training steps, samples of a step over all processes, samples of the validation, which no even number divides."""
@@ -91,12 +93,12 @@ class Loader(list):
     """A loader of fixed batches."""
 
 
-def make_trainer(folder: Path, world: int, **arguments: Any) -> pl.Trainer:
+def make_trainer(folder: Path, world: int, strategy: Any = "ddp", **arguments: Any) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        plugins=[LightningEnvironment()],
+        strategy=strategy if world > 1 else "auto",
+        plugins=[LightningEnvironment(), AtomicCheckpointIO()],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -116,6 +118,41 @@ def trained(
     batches = Loader(take(batch, slice(rank, None, world)) for batch in whole)
     make_trainer(folder, world, max_epochs=1, accumulate_grad_batches=accumulate).fit(module, batches)
     return {name: value.clone() for name, value in module.release_state().items()}
+
+
+def shared_out(folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """Train with the encoder shared out, stop in the middle, and go on: weights of both, and what lies in the files."""
+    folder = folder / f"world{world}"
+
+    def train(steps: int, resume: Path | None = None) -> tuple[dict[str, Tensor], bool]:
+        module = make_module()
+        module.optimizer = functools.partial(torch.optim.AdamW, lr=0.01)  # type: ignore[assignment]
+        batches = Loader(take(make_batch(SIZE, seed), slice(rank, None, world)) for seed in range(STEPS))
+        whole = make_batch(ODD, 99)
+        odd = Loader(take(whole, key.positions) for key in OrderedSampler(ODD, 4, rank, world))
+        strategy = FullyShardedStrategy(minimum_parameters=500, process_group_backend="gloo")
+        best = BestWeights(folder, "val/au/f1/mean")
+        trainer = make_trainer(
+            folder,
+            world,
+            strategy,
+            max_epochs=steps,
+            gradient_clip_val=0.05,
+            callbacks=[best],
+            accumulate_grad_batches=2,
+        )
+        trainer.fit(module, batches, odd, ckpt_path=resume)
+        kept = any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+        trainer.save_checkpoint(folder / f"{steps}.ckpt")
+        if module.shards is not None:
+            module.shards.gather(module)
+        module(take(whole, slice(rank + 1)))  # an ordinary module again, that no other process has to know of
+        return {name: value.clone() for name, value in module.release_state().items()}, kept
+
+    weights, kept = train(2)
+    _, _ = train(1)
+    continued, _ = train(2, folder / "1.ckpt")
+    return {"weights": weights, "continued": continued, "shared out": kept}
 
 
 def validated(folder: Path, rank: int, world: int) -> dict[str, float]:
@@ -139,6 +176,7 @@ def work(rank: int, folder: str, world: int) -> None:
         "concordance": trained(path, rank, world, concordance=True),
         "accumulated": trained(path, rank, world, accumulate=2),
         "validation": validated(path, rank, world),
+        "shared out": shared_out(path, rank, world),
     }
     torch.save(found, path / f"world{world}-rank{rank}.pt")
     if world > 1:

@@ -208,6 +208,7 @@ class Monet(AffectModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the mixture uniform during warm-up."""
+        super().on_before_optimizer_step(optimizer)
         if self.current_epoch < self.warmup_epochs:
             self.orders.order_logits.grad = None
 
