@@ -206,7 +206,7 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
     if (folder / "release" / MODEL).is_file():
         folder = folder / "release"
     if folder.is_file():
-        raise CheckpointError(f"{what}={folder}: a file; give the folder of a run or of a release ({folder.parent})")
+        raise CheckpointError(f"{what}={folder}: a file; {_folder_of(folder, what)}")
     if not folder.is_dir():
         raise CheckpointError(f"{what}={folder}: no such folder; give the folder of a run or of a release")
     for name in (MODEL, CONFIG, LABELS, PREPROCESS):
@@ -229,6 +229,16 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
             raise CheckpointError(f"{folder / MODEL}: tensor {name} holds values that are not finite")
     config["model"] = _without_weights(config["model"])
     return Release(folder, config, labels, preprocess, metrics, state, people, training)
+
+
+def _folder_of(file: Path, what: str) -> str:
+    """Return what to give instead of a file, such as a run's ``last.ckpt``, which holds no selected weights."""
+    parent = file.parent
+    if any((folder / MODEL).is_file() for folder in (parent, parent / "release")):
+        return f"give the folder, which knows the selected weights, their labels and their crop: {what}={parent}"
+    if (parent / "last.ckpt").is_file():
+        return f"give the folder of a finished run; {parent} is not finished: repeat the command that started it"
+    return "give the folder of a run or of a release"
 
 
 def read_plain(path: Path) -> Any:  # noqa: ANN401

@@ -240,8 +240,23 @@ def test_strange_preprocessing_is_refused(folder: Path, text: str) -> None:
 
 def test_a_file_is_no_release_and_the_key_is_named(folder: Path) -> None:
     (folder / "last.ckpt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"init=.*last.ckpt: a file; give the folder"):
+    with pytest.raises(CheckpointError, match=rf"init=.*last.ckpt: a file; give the folder, .*: init={folder}$"):
         read_release(folder / "last.ckpt", what="init")
+
+
+def test_a_file_of_a_run_names_the_run(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"last.ckpt: a file; .*run is not finished: repeat the command"):
+        read_release(run / "last.ckpt")
+    shutil.copytree(folder, run / "release")
+    with pytest.raises(CheckpointError, match=rf"a file; give the folder, .*: checkpoint={run}$"):
+        read_release(run / "last.ckpt")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights.pt: a file; give the folder of a run or of a release$"):
+        read_release(tmp_path / "other" / "weights.pt")
 
 
 def test_a_release_normalises_as_the_packaged_weights_did(tmp_path: Path) -> None:
