@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from affect.callbacks import BEST
+from affect.commands import assembly, inference
 from affect.commands.assembly import read_table
 from affect.commands.inference import encode_truth
 from affect.data.controlled.noisy_labels import TRUE_PREFIX
+from affect.data.protocol import TEST
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, near
 from affect.metrics import best_thresholds
 from affect.metrics.counts import binary_counts
 from affect.metrics.f1 import f1_scores
-from affect.release import build_tasks, read_release
+from affect.release import build_model, build_tasks, read_release
 
 
 def _answers(results: Mapping[str, Any], task: str, part: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,6 +86,53 @@ def memorised(results: Mapping[str, Any], task: str, answer: str = "recorded") -
         given, right, found = (array >= 0.5 for array in (recorded.target, true.target, values))
     wrong = known & (given != right)
     return float((found == (given if answer == "recorded" else right))[wrong].mean()) if wrong.any() else None
+
+
+def at_best_epoch(results: Mapping[str, Any], task: str, name: str, part: str = TEST) -> float | None:
+    """Return a metric by the weights of the run's best validation, whatever weights the run ended with.
+
+    It tells what stopping there would have given; where validation labels are wrong, the best epoch is that by wrong
+    labels. Predictions are kept in ``predictions/<part>_at_best_epoch.parquet`` of the run.
+
+    Args:
+        results: Of the run.
+        task: Task of the metric.
+        name: Name of the metric.
+        part: Part that is predicted.
+
+    Raises:
+        ConfigError: If the run has kept no best weights, or there is no such metric.
+    """
+    folder = Path(results["folder"])
+    release = read_release(folder)
+    tasks = build_tasks(release)
+    path = folder / "predictions" / f"{part}_at_best_epoch.parquet"
+    if path.is_file():
+        table = FaceTable.read_parquet(path)
+    else:
+        if not (folder / BEST).is_file():
+            raise ConfigError(
+                f"controlled.measures: {folder / BEST} is missing; train with callbacks.best and a validation part"
+            )
+        module = build_model(release, tasks)
+        module.load_release_state(load_file(folder / BEST))
+        config = OmegaConf.create(results["config"])
+        recipe = assembly.make(config.get("prepare"), "prepare")
+        sources = assembly.build_sources(config, recipe, hold_out=part != TEST)
+        datamodule = assembly.build_datamodule(config, sources, tasks, int(release.preprocess["image_size"]))
+        datamodule.setup("test")
+        loader = datamodule.part_dataloader(part)
+        device = torch.device("cpu")
+        values, index, rows = inference.predict_values(module, loader, device, f"predicting {part}")
+        table = inference.predictions_table(datamodule.sources, tasks, values, index, rows)
+        table.to_parquet(path)
+    for metric in tasks[task].metrics:
+        metric.bind(tasks[task].outputs)
+    records = inference.table_metrics(table, {task: tasks[task]}, resamples=0)
+    found = {record["name"]: record["value"] for record in records}
+    if name not in found:
+        raise ConfigError(f"controlled.measures: no metric {task} {name}; {near(name, found)}")
+    return None if found[name] is None else float(found[name])
 
 
 def relative_error(results: Mapping[str, Any], task: str, output: str | None = None, part: str = "test") -> float:

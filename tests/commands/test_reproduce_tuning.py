@@ -24,7 +24,7 @@ EXPERIMENTS = sorted(
     path.stem for path in (config_directory() / "experiment" / "controlled").glob("qat_noisy_labels*.yaml")
 )
 
-COMPOSED = (("stopping_40", "mixup_40", "binary_outer8_40", "w2a2_40"), ("stopping_25", "mixup_25", "w2a2_25"))
+COMPOSED = (("stopping_40", "mixup_40", "binary_outer8_40", "w3a3_40"), ("stopping_25", "mixup_25", "w2a2_25"))
 """Arms that tests compose: each takes a moment."""
 
 
@@ -46,7 +46,15 @@ def test_arms_differ_only_in_what_they_say(name: str) -> None:
         assert baseline_of(arm, found["baseline"]) in found["arms"]
         noise = next(float(o.partition("=")[2]) for o in overrides if o.startswith("dataset.noise="))
         assert f"{noise:.0%}".removesuffix("%") == arm.rpartition("_")[2]
-        assert ("callbacks=[default,qat]" in overrides) == arm.startswith(("w2", "w4", "w8", "ternary", "binary"))
+        assert ("callbacks=[default,qat]" in overrides) == arm.startswith(("w2", "w3", "w4", "w8", "ternary", "binary"))
+        both = next((o for o in overrides if o.startswith("callbacks.qat.activations=")), None)
+        assert (both is not None) == ("a" in arm.partition("_")[0][2:3])
+        if both is not None:
+            assert both.endswith(f"={arm[3]}")
+            assert f"callbacks.qat.weights={arm[1]}" in overrides
+    for level in {arm.rpartition("_")[2] for arm in found["headroom"]}:
+        widths = {f"{width}_{level}" for width in ("w8a8", "w4a4", "w3a3", "w2a2", "binary")}
+        assert widths <= set(found["arms"]), "the table is read at each level with headroom"
     for arm in next(group for group in COMPOSED if set(group) <= set(found["arms"])):
         overrides = found["arms"][arm]
         cell = compose("train", [f"experiment=controlled/{name}", *overrides])
@@ -68,6 +76,8 @@ def test_the_quick_scale_tunes_trains_and_says_whether_there_is_headroom(
         f"reproduce experiment=controlled/{name} scale=quick paths.runs={tmp_path} paths.cache={tmp_path / 'cache'} "
         "callbacks.progress=null"
     )
+    if name == "qat_noisy_labels":  # the slow one captures a graph
+        command += " arms=[float_40,stopping_40,binary_40]"
     assert main(shlex.split(command)) in (0, None)
     out = tmp_path / "reproduce" / name / "quick"
     stored = json.loads((out / "reproduce.json").read_text())
@@ -78,6 +88,19 @@ def test_the_quick_scale_tunes_trains_and_says_whether_there_is_headroom(
     text = (out / "table.md").read_text()
     assert "on the validation part of" in text
     assert "too few seeds to tell whether there is headroom" in text
+    # The same training, once selected by the last epoch and once by the best one.
+    plain, stopped = (next(arm for arm in stored["arms"] if arm.startswith(name)) for name in ("float", "stopping"))
+    label = next(label for label in stored["measures"] if label.endswith("at the best epoch"))
+    score = stored["measures"][label.partition(" ")[0]][stopped]["values"]
+    assert stored["measures"][label][plain]["values"] == stored["measures"][label][stopped]["values"] == score
+    for arm in stored["arms"]:
+        own = json.loads((out / arm / "seed1" / "results.json").read_text())
+        seen = [epoch[own["selection"]["monitor"]] for epoch in own["history"]]
+        (task,) = own["config"]["task"]
+        selecting = own["config"]["task"][task]["score"]
+        own["folder"] = str(out / arm / "seed1")
+        best = measures.at_best_epoch(own, task, selecting, part="validation")
+        assert best == pytest.approx(max(seen)), arm
     # The share of wrong labels that were memorised, from the predictions and the dataset alone.
     value = stored["measures"]["memorised"][on]["values"]["1"]
     run = results | {"folder": str(out / on / "seed1")}
@@ -95,6 +118,12 @@ def test_the_quick_scale_tunes_trains_and_says_whether_there_is_headroom(
         (out / on / "seed1" / "predictions" / "train.parquet").unlink()
         with pytest.raises(ConfigError, match="predict_train=true"):
             measures.memorised(run, task)
+        with pytest.raises(ConfigError, match="did you mean accuracy"):
+            measures.at_best_epoch(run, task, "acuracy")
+        (out / on / "seed1" / "predictions" / "test_at_best_epoch.parquet").unlink()
+        (out / on / "seed1" / "best.safetensors").unlink()
+        with pytest.raises(ConfigError, match=r"callbacks\.best"):
+            measures.at_best_epoch(run, task, "accuracy")
 
 
 @pytest.mark.parametrize(
