@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from affect.commands import configuration, decisions, sweeps
 from affect.commands.inference import encode_truth
 from affect.commands.run_folder import CONTENTS, RESULTS, differing, held_config
+from affect.commands.starting_point import EARLIER, earlier_weights
 from affect.data.protocol import part_name
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
@@ -235,6 +236,8 @@ def _reason(folder: Path, job: Mapping[str, Any] | None) -> str:
 def require_one_setting(setting: Setting) -> None:
     """Refuse runs of one setting that differ in more than seed and test part.
 
+    Weights of an earlier stage may be of several runs where these, too, differ in nothing else.
+
     Raises:
         ConfigError: With the keys in which they do, and the two runs.
     """
@@ -245,13 +248,16 @@ def require_one_setting(setting: Setting) -> None:
     config, made_of = OmegaConf.create(dict(first.results["config"])), _made_of(first)
     for other in runs[1:]:
         keys = differing(config, OmegaConf.create(dict(other.results["config"])))
-        keys = [key for key in keys if key != "seed" and not TEST_PART.fullmatch(key)]
+        alike = [key for key in EARLIER if key in keys and _same_stage(first, other, key)]
+        keys = [key for key in _of_setting(keys) if key not in alike]
         if keys:
             raise ConfigError(
                 f"{setting.name}: only seed and test part may differ inside a setting, but {first.folder} and "
                 f"{other.folder} differ in {', '.join(keys[:6])}; by=[{','.join(keys[:2])}] makes settings of them"
             )
         for kind, now in _made_of(other).items():
+            if kind in alike:
+                continue
             for name in sorted({*now, *made_of.get(kind, {})}):
                 old, new = made_of.get(kind, {}).get(name), now.get(name)
                 if old != new:
@@ -259,6 +265,24 @@ def require_one_setting(setting: Setting) -> None:
                         f"{setting.name}: {first.folder} and {other.folder} are of other data ({kind} {name}: {old} "
                         f"and {new}); train them on the same"
                     )
+
+
+def _of_setting(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if key != "seed" and not TEST_PART.fullmatch(key)]
+
+
+def _same_stage(first: Run, other: Run, key: str) -> bool:
+    """Return whether the weights that two runs took from earlier runs are of one setting of those."""
+    configs = [_earlier_config(run, key) for run in (first, other)]
+    return None not in configs and not _of_setting(differing(*configs))  # type: ignore[arg-type]
+
+
+def _earlier_config(run: Run, key: str) -> DictConfig | None:
+    """Return the config of the run whose weights a run took; None where that cannot be known any more."""
+    given = earlier_weights(OmegaConf.create(dict(run.results["config"]))).get(key)
+    places = () if given is None else (given, *given.parents[:2])
+    found = next((place / RESULTS for place in places if (place / RESULTS).is_file()), None)
+    return None if found is None else OmegaConf.create(dict(read_json(found)["config"]))
 
 
 def _made_of(run: Run) -> dict[str, dict[str, str]]:

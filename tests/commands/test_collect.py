@@ -225,6 +225,25 @@ def test_other_differences_inside_a_setting_are_refused_by_name(sweep):
         collected(sweep)
 
 
+def test_earlier_stages_may_differ_in_test_part_too(sweep, config, tmp_path):
+    """A first stage is trained without the people that the second is tested on, so each test part has its own."""
+    runs = [sweep / str(number) for number in range(9)]
+    for number, run in enumerate(runs):
+        stage = tmp_path / f"stage{number}"
+        write_run(stage, config, 1 + number // 3, FOLDS[number % 3], 0.0)
+        results = read_json(run / "results.json")
+        results["config"]["init"] = str(stage / "release" / "model.safetensors" if number % 2 else stage)
+        results["made_of"]["init"] = {results["config"]["init"]: f"{number}"}
+        write_json(run / "results.json", results)
+    collected(sweep)
+    change(tmp_path / "stage4", trainer__max_epochs=7)
+    with pytest.raises(ConfigError, match=r"only seed and test part may differ .* in init; "):
+        collected(sweep)
+    shutil.rmtree(tmp_path / "stage4")
+    with pytest.raises(ConfigError, match=r"only seed and test part may differ .* in init; "):
+        collected(sweep)
+
+
 def test_other_test_rows_are_not_compared(sweep):
     path = sweep / "17" / "predictions" / "test.parquet"
     table = FaceTable.read_parquet(path)
