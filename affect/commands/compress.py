@@ -194,6 +194,7 @@ def encoder_data(config: DictConfig, module: AffectModule, encoder: nn.Module, s
         losses=partial(training_losses, module, source) if labelled else None,
         train=partial(fine_tune, module, source, config) if labelled else None,
         score=partial(validation_score, module, source) if labelled and len(source.part_rows(VALIDATION)) else None,
+        remember=partial(remember_rest, module, encoder),
         seed=int(config.seed),
     )
 
@@ -221,6 +222,20 @@ def validation_score(module: AffectModule, source: FaceDataModule) -> float:
         total += float(total_loss(module, batch)) * len(batch.image)
         count += len(batch.image)
     return -total / max(count, 1)
+
+
+def remember_rest(module: AffectModule, encoder: nn.Module) -> Callable[[], None]:
+    """Keep all tensors of a model but those of one encoder, and return what puts them back."""
+    own = {id(tensor) for tensor in (*encoder.parameters(), *encoder.buffers())}
+    rest = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own]
+    kept = [tensor.detach().clone() for tensor in rest]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, value in zip(rest, kept, strict=True):
+            tensor.copy_(value)
+
+    return put_back
 
 
 def fine_tune(module: AffectModule, source: FaceDataModule, config: DictConfig, steps: int) -> None:

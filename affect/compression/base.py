@@ -48,6 +48,7 @@ class Data:
         losses: Gives the training loss of the network as it is, a scalar with a graph per batch.
         train: Trains the network in place for a number of steps.
         score: Validation score of the network as it is; higher is better.
+        remember: Keeps what training changes outside of the network (heads) and returns what puts it back.
         seed: Of every draw.
         example: Normalised images ``(B, 3, H, W)`` of the size that the network is used with, whatever they show;
             ``run_chain`` fills it in.
@@ -57,6 +58,7 @@ class Data:
     losses: Callable[[], Iterable[Tensor]] | None = None
     train: Callable[[int], None] | None = None
     score: Callable[[], float] | None = None
+    remember: Callable[[], Callable[[], None]] | None = None
     seed: int = 0
     example: Tensor | None = None
 
