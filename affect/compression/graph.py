@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.errors import ConfigError
 
-__all__ = ["NORMS", "Graph", "Step", "Value", "record"]
+__all__ = ["MEANS", "NORMS", "Graph", "Step", "Value", "record"]
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 """Batch norms; timm's kind has an activation in it, which is a step of its own."""
@@ -36,7 +36,9 @@ _VIEWS = {
     "unsqueeze", "view", "_reshape_alias", "_reshape_copy", "view_copy", "native_dropout",
 }  # fmt: skip
 _MAXIMA = {"adaptive_max_pool2d", "amax", "max_pool2d", "max_pool2d_with_indices"}
-_MEANS = {"_adaptive_avg_pool2d", "adaptive_avg_pool2d", "avg_pool2d", "mean"}
+MEANS = frozenset({"_adaptive_avg_pool2d", "adaptive_avg_pool2d", "avg_pool2d", "mean"})
+"""Operators that average; those of the kind ``same`` do so over the places of a channel."""
+
 _BY_VALUE = {"_local_scalar_dense", "is_nonzero", "item", "nonzero"}
 
 
@@ -75,6 +77,7 @@ class Step:
         outputs: Values that it gives.
         writes: Storage that it changes, if it writes into one of its inputs.
         numbers: Its arguments that are plain numbers, in order.
+        constants: Tensors that it reads besides, which do not depend on the images.
     """
 
     kind: str
@@ -84,6 +87,7 @@ class Step:
     outputs: list[int] = field(default_factory=list)
     writes: int | None = None
     numbers: tuple[float, ...] = ()
+    constants: int = 0
 
     def told(self) -> str:
         """Return operator and place for messages."""
@@ -97,10 +101,12 @@ class Graph:
     Attributes:
         values: All values by number.
         steps: All steps in the order in which they ran; the last one is ``output``.
+        refused: Layers that run twice, share weights, or whose weights are used outside of them.
     """
 
     values: list[Value]
     steps: list[Step]
+    refused: frozenset[str] = frozenset()
 
     def producer(self) -> dict[int, Step]:
         """Return the step that gives each value."""
@@ -195,7 +201,7 @@ class _Recorder(TorchDispatchMode):
         constant = len(inputs) != len(tensors)
         kind = "other" if constant else _kind(operator, args, kwargs, shapes, given)
         numbers = tuple(float(one) for one in tree_leaves((args, kwargs)) if type(one) in (int, float))
-        step = Step(kind, self.place, operator, inputs, [], changed, numbers)
+        step = Step(kind, self.place, operator, inputs, [], changed, numbers, len(tensors) - len(inputs))
         self.steps.append(step)
         step.outputs += [self.add(tensor) for tensor in given]
         return outcome
@@ -222,7 +228,7 @@ def _kind(
         if before[1] == after[1]:
             return "same"
         return "repeat" if len(after) == 2 and after[1] == math.prod(before[1:]) else "other"
-    if operator in _MEANS | _MAXIMA and _is_pooling(operator, args, kwargs, before, after):
+    if operator in MEANS | _MAXIMA and _is_pooling(operator, args, kwargs, before, after):
         return "maximum" if operator in _MAXIMA else "same"
     if operator == "add" and len(shapes) == 2 and kwargs.get("alpha", 1) == 1:
         alike = [len(shape) == len(after) and shape[1] == after[1] for shape in shapes]
@@ -322,7 +328,7 @@ def record(network: nn.Module, example: Tensor) -> Graph:
     for name in refused & ran.keys():
         for step in ran[name]:
             step.kind = "other"
-    return Graph(recorder.values, recorder.steps)
+    return Graph(recorder.values, recorder.steps, frozenset(refused))
 
 
 @contextmanager

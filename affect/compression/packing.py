@@ -19,7 +19,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: Integers in [0, 2^bits - 1], any shape.
-        bits: Bits of a code, 1 to 8.
+        bits: Bits of a code, 1 to 16.
 
     Returns:
         uint8 ``(ceil(N bits / 8),)``.
@@ -28,8 +28,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ValueError: If a code does not fit.
     """
     flat = codes.flatten().to(torch.int64)
-    if not 1 <= bits <= 8:
-        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    if not 1 <= bits <= 16:
+        raise ValueError(f"codes have 1 to 16 bits, not {bits}")
     if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < 2**bits:
         raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits")
     if bits == 8:
@@ -40,7 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return the first ``count`` codes of ``pack`` as int16 ``(count,)``.
+    """Return the first ``count`` codes of ``pack`` ``(count,)``: int16, or int32 for codes of 16 bits.
 
     Raises:
         ValueError: If there are not as many bytes as ``count`` codes take.
@@ -51,4 +51,5 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         return packed.flatten().to(torch.int16)
     digits = ((packed.flatten()[:, None].to(torch.int16) >> torch.arange(8, device=packed.device)) & 1).flatten()
     digits = digits[: count * bits].view(count, bits)
-    return (digits << torch.arange(bits, device=packed.device)).sum(1).to(torch.int16)
+    whole = torch.int16 if bits < 16 else torch.int32
+    return (digits << torch.arange(bits, device=packed.device)).sum(1).to(whole)

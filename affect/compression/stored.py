@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from affect.compression.packing import pack, packed_bytes, unpack
 
-__all__ = ["CodebookWeight", "GridWeight", "ResidualWeight", "StoredWeight", "build_weight", "signed_levels"]
+__all__ = [
+    "CodebookWeight",
+    "GridWeight",
+    "ResidualWeight",
+    "SplitWeight",
+    "StoredWeight",
+    "build_weight",
+    "signed_levels",
+]
 
 
 def signed_levels(bits: int) -> int:
@@ -94,59 +102,237 @@ class GridWeight(StoredWeight):
 
 
 class CodebookWeight(StoredWeight):
-    """Codes that name entries of a codebook; contiguous blocks of rows share one.
+    """Codes that name entries of a codebook; contiguous blocks of rows share one, or a scale, or both.
 
     Args:
         shape: Shape of the weight; its first dimension are rows.
-        bits: Bits of a code, 1 to 8; a codebook has ``2^bits`` entries.
-        groups: Number of codebooks; rows are split evenly, in order, the first blocks one row longer where needed.
+        bits: Bits of a code, 1 to 16; a codebook has at most ``2^bits`` entries.
+        groups: Number of codebooks: one for all rows, or one for each block.
         permuted: Whether rows are stored in another order than they are used in.
+        blocks: Rows of each block, in stored order; None splits them evenly into as many as there are codebooks, the
+            first ones one row longer where needed.
+        scales: Numbers that multiply the entries: ``none``, one for each ``block``, or for each ``row`` as stored.
+        entries: Entries of a codebook; None takes ``2^bits``.
+        half: Whether entries and scales are float16, or float32.
     """
 
-    def __init__(self, shape: Sequence[int], bits: int, groups: int = 1, permuted: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        bits: int,
+        groups: int = 1,
+        permuted: bool = False,
+        blocks: Sequence[int] | None = None,
+        scales: str = "none",
+        entries: int | None = None,
+        half: bool = True,
+    ) -> None:
         super().__init__()
         self.shape, self.bits, self.groups = tuple(int(x) for x in shape), int(bits), int(groups)
-        self.permuted = bool(permuted)
-        if not (1 <= self.bits <= 8 and 1 <= self.groups <= self.shape[0]):
+        self.permuted, self.scales, self.half = bool(permuted), str(scales), bool(half)
+        if not (1 <= self.bits <= 16 and 1 <= self.groups <= self.shape[0]):
             raise ValueError(f"{groups} codebooks of {bits} bits do not fit a weight of {self.shape[0]} rows")
+        self.entries = 2**self.bits if entries is None else int(entries)
+        even = [len(part) for part in torch.arange(self.shape[0]).tensor_split(self.groups)]
+        self.blocks = even if blocks is None else [int(rows) for rows in blocks]
+        if min(self.blocks) < 1 or sum(self.blocks) != self.shape[0] or self.groups not in (1, len(self.blocks)):
+            raise ValueError(f"blocks of {self.blocks} do not fit {self.groups} codebooks and {self.shape[0]} rows")
+        fits = 1 <= self.entries <= 2**self.bits and self.groups * self.entries <= 2**24
+        if not fits or scales not in ("none", "block", "row"):
+            raise ValueError(f"a codebook of {entries} entries and scales={scales} do not fit codes of {bits} bits")
+        number = torch.float16 if half else torch.float32
         self.register_buffer("codes", torch.zeros(packed_bytes(math.prod(self.shape), self.bits), dtype=torch.uint8))
-        self.register_buffer("codebook", torch.zeros(self.groups, 2**self.bits, dtype=torch.float16))
+        self.register_buffer("codebook", torch.zeros(self.groups, self.entries, dtype=number))
+        if self.scales != "none":
+            count = len(self.blocks) if self.scales == "block" else self.shape[0]
+            self.register_buffer("scale", torch.ones(count, dtype=number))
         if self.permuted:
-            self.register_buffer("rows", torch.arange(self.shape[0], dtype=torch.int32))
+            size = packed_bytes(self.shape[0], self.row_bits)
+            self.register_buffer("rows", torch.zeros(size, dtype=torch.uint8))
+            self.rows = pack(torch.arange(self.shape[0]), self.row_bits)
+
+    @property
+    def row_bits(self) -> int:
+        """Bits of a row's number."""
+        return max(1, (self.shape[0] - 1).bit_length())
 
     @classmethod
-    def of(cls, codes: Tensor, codebook: Tensor, rows: Tensor | None = None) -> CodebookWeight:
+    def of(
+        cls,
+        codes: Tensor,
+        codebook: Tensor,
+        rows: Tensor | None = None,
+        blocks: Sequence[int] | None = None,
+        scale: Tensor | None = None,
+        scales: str = "row",
+        half: bool = True,
+    ) -> CodebookWeight:
         """Return codes ``(O, …)`` into a codebook ``(G, k)``.
 
         Args:
             codes: Entries' numbers, in stored order of rows.
-            codebook: Values; kept in float16. Fewer than a power of two are filled up with zeros.
+            codebook: Values.
             rows: Position of each stored row in the weight ``(O,)``; None keeps the order.
+            blocks: Rows of each block; None splits them evenly.
+            scale: Numbers that multiply the entries; None for none.
+            scales: What each is of: a ``block`` ``(B,)`` or a ``row`` as stored ``(O,)``.
+            half: Whether values and scales are kept in float16.
         """
         bits = max(1, (codebook.shape[1] - 1).bit_length())
-        made = cls(codes.shape, bits, len(codebook), rows is not None)
+        kind = "none" if scale is None else scales
+        made = cls(codes.shape, bits, len(codebook), rows is not None, blocks, kind, codebook.shape[1], half)
+        made = made.to(codes.device)
         made.codes = pack(codes, bits)
-        made.codebook[:, : codebook.shape[1]] = codebook.detach().to(torch.float16)
+        made.codebook = codebook.detach().to(made.codebook.dtype)
+        if scale is not None:
+            made.scale = scale.detach().to(made.scale.dtype)
         if rows is not None:
-            made.rows = rows.to(torch.int32)
+            made.rows = pack(rows, made.row_bits)
         return made
+
+    def row_blocks(self) -> Tensor:
+        """Return the block of each stored row ``(O,)``."""
+        blocks = torch.tensor(self.blocks, device=self.codebook.device)
+        return torch.repeat_interleave(torch.arange(len(blocks), device=blocks.device), blocks)
 
     def row_groups(self) -> Tensor:
         """Return the codebook of each stored row ``(O,)``."""
-        sizes = [len(part) for part in torch.arange(self.shape[0]).tensor_split(self.groups)]
-        return torch.repeat_interleave(torch.arange(self.groups), torch.tensor(sizes)).to(self.codebook.device)
+        blocks = self.row_blocks()
+        return blocks if self.groups > 1 else torch.zeros_like(blocks)
+
+    def order(self) -> Tensor:
+        """Return the place in use of each stored row ``(O,)``, int64."""
+        if not self.permuted:
+            return torch.arange(self.shape[0], device=self.codebook.device)
+        return unpack(self.rows, self.row_bits, self.shape[0]).long()
+
+    def indices(self) -> Tensor:
+        """Return the entries' numbers ``(O, N)``, int64, in stored order of rows."""
+        return unpack(self.codes, self.bits, math.prod(self.shape)).view(self.shape[0], -1).long()
 
     def forward(self) -> Tensor:
         """Return the decoded weight, rows in the order of use."""
-        codes = unpack(self.codes, self.bits, math.prod(self.shape)).view(self.shape[0], -1).long()
-        decoded = self.codebook.float()[self.row_groups()[:, None], codes]
+        decoded = self.codebook.float()[self.row_groups()[:, None], self.indices()]
+        if self.scales != "none":
+            scale = self.scale.float()
+            decoded = decoded * (scale if self.scales == "row" else scale[self.row_blocks()])[:, None]
         if self.permuted:
-            decoded = torch.empty_like(decoded).index_copy(0, self.rows.long(), decoded)
+            decoded = torch.empty_like(decoded).index_copy(0, self.order(), decoded)
         return decoded.view(self.shape)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments of the constructor."""
-        return {"shape": list(self.shape), "bits": self.bits, "groups": self.groups, "permuted": self.permuted}
+        return {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "groups": self.groups,
+            "permuted": self.permuted,
+            "blocks": self.blocks,
+            "scales": self.scales,
+            "entries": self.entries,
+            "half": self.half,
+        }
+
+
+class SplitWeight(StoredWeight):
+    """Distinct kernels of each input channel, and which of them each output channel takes (RED++).
+
+    Args:
+        shape: Shape of the weight ``(O, I, …)``; what follows is a kernel.
+        kernels: Distinct kernels of all input channels together.
+        bits: Bits of the number of a kernel among those of its input channel, 1 to 16.
+        groups: Of the convolution; there are ``I * groups`` input channels.
+        values: Distinct values of all kernels, which are codes then; None stores kernels as floats.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], kernels: int, bits: int, groups: int = 1, values: int | None = None
+    ) -> None:
+        super().__init__()
+        self.shape, self.kernels, self.bits = tuple(int(x) for x in shape), int(kernels), int(bits)
+        self.groups, self.values = int(groups), None if values is None else int(values)
+        channels = self.shape[1] * self.groups
+        if len(self.shape) < 2 or self.shape[0] % self.groups or not 1 <= self.bits <= 16:
+            raise ValueError(f"kernels of a weight {list(shape)} do not fit {groups} groups and numbers of {bits} bits")
+        if not channels <= self.kernels <= self.shape[0] * self.shape[1]:
+            raise ValueError(f"{kernels} distinct kernels do not fit a weight of {list(shape)}")
+        if self.values is not None and not 1 <= self.values <= 2**16:
+            raise ValueError(f"{values} distinct values: at most {2**16}")
+        size = math.prod(self.shape[2:])
+        self.register_buffer("counts", torch.zeros(channels, dtype=torch.int32))
+        self.register_buffer(
+            "positions", torch.zeros(packed_bytes(self.shape[0] * self.shape[1], self.bits), dtype=torch.uint8)
+        )
+        if self.values is None:
+            self.register_buffer("table", torch.zeros(self.kernels, size))
+        else:
+            self.register_buffer("table", torch.zeros(self.values))
+            packed = packed_bytes(self.kernels * size, self.value_bits)
+            self.register_buffer("codes", torch.zeros(packed, dtype=torch.uint8))
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of the code of a value."""
+        return max(1, ((self.values or 1) - 1).bit_length())
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        counts: Tensor,
+        positions: Tensor,
+        kernels: Tensor,
+        groups: int = 1,
+        values: Tensor | None = None,
+    ) -> SplitWeight:
+        """Return a split weight.
+
+        Args:
+            shape: Shape of the weight ``(O, I, …)``.
+            counts: Distinct kernels of each input channel ``(I * groups,)``.
+            positions: Number of the kernel, among those of its input channel ``(O, I)``.
+            kernels: All kernels in order of input channels ``(U, K)``: floats, or codes if there are values.
+            groups: Of the convolution.
+            values: Distinct values ``(V,)`` that codes name; None if kernels are floats.
+        """
+        bits = max(1, (int(counts.max()) - 1).bit_length())
+        made = cls(shape, len(kernels), bits, groups, None if values is None else len(values)).to(positions.device)
+        made.counts = counts.to(torch.int32)
+        made.positions = pack(positions, bits)
+        if values is None:
+            made.table = kernels.detach().float()
+        else:
+            made.table, made.codes = values.detach().float(), pack(kernels, made.value_bits)
+        return made
+
+    def distinct(self) -> Tensor:
+        """Return all kernels in order of input channels ``(U, K)``."""
+        if self.values is None:
+            return self.table
+        size = math.prod(self.shape[2:])
+        codes = unpack(self.codes, self.value_bits, self.kernels * size).long()
+        return self.table[codes].view(self.kernels, size)
+
+    def numbers(self) -> Tensor:
+        """Return the number among all kernels of that between each output and input channel ``(O, I)``, int64."""
+        outputs, inputs = self.shape[:2]
+        own = unpack(self.positions, self.bits, outputs * inputs).long().view(outputs, inputs)
+        starts = (self.counts.long().cumsum(0) - self.counts).view(self.groups, inputs)
+        return own + starts.repeat_interleave(outputs // self.groups, 0)
+
+    def forward(self) -> Tensor:
+        """Return the decoded weight."""
+        return self.distinct()[self.numbers()].view(self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the constructor."""
+        return {
+            "shape": list(self.shape),
+            "kernels": self.kernels,
+            "bits": self.bits,
+            "groups": self.groups,
+            "values": self.values,
+        }
 
 
 class ResidualWeight(StoredWeight):
@@ -199,7 +385,12 @@ class ResidualWeight(StoredWeight):
         return {"shape": list(self.shape), "orders": nodes}
 
 
-KINDS: dict[str, type[StoredWeight]] = {"grid": GridWeight, "codebook": CodebookWeight, "residual": ResidualWeight}
+KINDS: dict[str, type[StoredWeight]] = {
+    "grid": GridWeight,
+    "codebook": CodebookWeight,
+    "split": SplitWeight,
+    "residual": ResidualWeight,
+}
 """Kinds of stored weights by the name that a file has for them."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from affect.compression.layers import LAYERS, Replacing
+from affect.compression.layers import LAYERS, CompressedConv2d, CompressedLinear, Replacing
 from affect.errors import CheckpointError
 
 __all__ = ["apply_structure", "replace_layer", "structure"]
@@ -60,6 +60,12 @@ def structure(original: nn.Module, compressed: nn.Module) -> dict[str, Any]:
         if type(layer) in names:
             assert isinstance(layer, Replacing)
             replaced[name] = {"layer": names[type(layer)], **layer.settings()}
+            if name in before and isinstance(layer, CompressedConv2d | CompressedLinear):
+                old, shape = before[name], list(layer.current_weight().shape)
+                own = old.current_weight() if isinstance(old, CompressedConv2d | CompressedLinear) else old.weight
+                if shape != list(own.shape):  # type: ignore[union-attr, arg-type]
+                    groups = int(getattr(layer, "groups", 1))
+                    resized[name] = {"groups": groups, "bias": layer.bias is not None, "shape": shape}
             continue
         if name not in before or type(before[name]) is not type(layer):
             raise ValueError(f"{name}: a {type(layer).__name__} cannot be stored as a compressed layer")
@@ -97,6 +103,7 @@ def apply_structure(network: nn.Module, node: Any, state: Mapping[str, Tensor], 
         if not isinstance(node.get(key, {}), Mapping):
             raise CheckpointError(f"{where}: compression.{key} must give settings by the name of a layer")
     for name, numbers in node.get("resized", {}).items():
+        _check_sizes(numbers, f"{where}: compression.resized.{name}")
         _resize(_layer(network, name, where), name, dict(numbers), state, where)
     for name, numbers in node.get("attributes", {}).items():
         layer = _layer(network, name, where)
@@ -135,7 +142,7 @@ def _check_sizes(node: Any, place: str) -> None:  # noqa: ANN401
     if isinstance(node, Mapping):
         for key, value in node.items():
             numbers = value if isinstance(value, list | tuple) else [value]
-            if key in ("shape", "channels", "kept", "groups"):
+            if key in ("shape", "channels", "kept", "groups", "kernels", "entries"):
                 size = 1
                 for number in numbers:
                     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -157,11 +164,16 @@ def _resize(layer: nn.Module, name: str, numbers: dict[str, Any], state: Mapping
         raise CheckpointError(f"{where}: compression.resized.{name}.groups={groups!r} must be a positive whole number")
     if numbers.get("bias") and getattr(layer, "bias", True) is None:
         layer.bias = nn.Parameter(torch.zeros(1))
+    stated = numbers.get("shape")
     for key, tensor in _own(layer).items():
         stored = state.get(f"{name}.{key}")
-        if stored is None or stored.ndim != tensor.ndim:
+        if stated is not None:
+            shape = torch.Size(stated if key == "weight" else stated[:1])
+        elif stored is not None:
+            shape = stored.shape
+        if (stated is None and stored is None) or len(shape) != tensor.ndim:
             raise CheckpointError(f"{where}: the weights have no fitting tensor {name}.{key}")
-        empty = torch.zeros(stored.shape, dtype=tensor.dtype)
+        empty = torch.zeros(shape, dtype=tensor.dtype)
         if key in layer._parameters:
             layer._parameters[key] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         else:

@@ -157,6 +157,20 @@ def test_pruned_layers_are_rebuilt_with_their_groups(net: Net, image: torch.Tens
     assert fresh.linear.in_features == 2
 
 
+def test_pruned_layers_whose_weights_became_codes_are_rebuilt(net: Net, image: torch.Tensor) -> None:
+    changed = copy.deepcopy(net)
+    changed.conv = CompressedConv2d.of(nn.Conv2d(3, 2, 3, stride=2, padding=1))
+    changed.norm = WithoutNorm.of(changed.norm)
+    changed.depthwise = CompressedConv2d.of(nn.Conv2d(2, 2, 3, padding=1, groups=2), padded=True)
+    changed.linear = CompressedLinear.of(nn.Linear(2, 5))
+    for layer in (changed.conv, changed.depthwise, changed.linear):
+        layer.store(grid(layer.current_weight()))
+    changed.eval()
+    fresh = rebuilt(net, changed)
+    assert torch.equal(fresh(image), changed(image))
+    assert fresh.depthwise.groups == 2
+
+
 def test_what_cannot_be_stored_is_an_error(net: Net) -> None:
     changed = copy.deepcopy(net)
     changed.norm = nn.GroupNorm(2, 4)
@@ -195,6 +209,8 @@ def test_what_cannot_be_stored_is_an_error(net: Net) -> None:
             "replaces one of",
         ),
         ({"resized": {"conv": {"groups": -1}}}, "positive whole number"),
+        ({"resized": {"conv": {"groups": 1, "shape": [9] * 12}}}, "too large"),
+        ({"resized": {"conv": {"groups": 1, "shape": [2, 3]}}}, "no fitting tensor"),
         ({"resized": {"linear.weight": {"groups": 1}}}, "which the model has not"),
         ({"attributes": {"conv": {"forward": 3}}}, "is not allowed"),
     ],
