@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,11 @@ from affect.commands.export import parity_faces, predicted
 from affect.commands.release import require_free
 from affect.commands.run_folder import CONFIG
 from affect.commands.train import quiet
-from affect.compression.base import Chain, Data, Transform, backbone, relative_error, run_chain
+from affect.compression.base import KEEPING, Chain, Data, Transform, backbone, relative_error, run_chain
+from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.report import count_macs, stored_size, table
 from affect.compression.structure import replace_layer, structure
+from affect.compression.uniform import current_weight
 from affect.data.datamodule import FaceDataModule
 from affect.data.protocol import TRAIN, VALIDATION
 from affect.errors import ConfigError, near
@@ -88,7 +89,6 @@ def run(config: DictConfig) -> None:
     for name, encoder in encoders:
         data = encoder_data(config, module, encoder, images)
         network = backbone(encoder).eval()
-        original = copy.deepcopy(network)
         chain = run_chain(network, transforms, data, encoder.normalise(image))  # type: ignore[operator]
         reports.append((name, chain))
         print_chain(console, name, chain)
@@ -102,7 +102,8 @@ def run(config: DictConfig) -> None:
                 highlight=False,
             )
         if losing:
-            console.print(blame_text(original, network, encoder.normalise(image)), highlight=False, markup=False)  # type: ignore[operator]
+            told = blame_text(transforms, chain, network, encoder.normalise(image))  # type: ignore[operator]
+            console.print(told, highlight=False, markup=False)
     after = {"bytes": stored_size(module), "macs": model_macs(module, image)}
     found = predicted(module, image)
     parity = export.differences(expected, found, tasks)
@@ -113,12 +114,13 @@ def run(config: DictConfig) -> None:
         "before": before,
         "after": after,
         "compared_on": shown,
+        "tolerance": float(config.tolerance),
         "differences": {k: one._asdict() for k, one in parity.items()},
         "encoders": {n: [r.plain() for r in chain.reports] for n, chain in reports},
     }
     write(out, release, module, written, [report for _, chain in reports for report in chain.reports])
     check_written(out, trust, image, found)
-    print_totals(console, before, after, parity, shown)
+    print_totals(console, before, after, parity, shown, float(config.tolerance))
     console.print(f"[bold]{out}[/bold]: a release, {REPORT}, {LAYERS}", soft_wrap=True)
     console.print(f"evaluate it: affect evaluate checkpoint={out}", markup=False, soft_wrap=True)
 
@@ -182,8 +184,10 @@ def encoder_data(config: DictConfig, module: AffectModule, encoder: nn.Module, s
     """Return what methods may use of a run's data, as far as the methods asked for any."""
     if not hasattr(encoder, "normalise"):
         raise ConfigError(f"a {type(encoder).__name__} cannot be compressed: it does not say how it normalises images")
+    levels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    low, high = encoder.normalise(levels).flatten(1).detach()
     if source is None:
-        return Data(seed=int(config.seed))
+        return Data(seed=int(config.seed), limits=(low, high))
     most = int(config.data.images)
     if most < 1:
         raise ConfigError(f"data.images={most}: at least one image is needed")
@@ -196,6 +200,7 @@ def encoder_data(config: DictConfig, module: AffectModule, encoder: nn.Module, s
         score=partial(validation_score, module, source) if labelled and len(source.part_rows(VALIDATION)) else None,
         remember=partial(remember_rest, module, encoder),
         seed=int(config.seed),
+        limits=(low, high),
     )
 
 
@@ -270,38 +275,62 @@ def model_macs(module: AffectModule, image: Tensor) -> int:
 
 
 @torch.no_grad()
-def blame(original: nn.Module, compressed: nn.Module, images: Tensor) -> list[tuple[str, float]]:
-    """Return layers by how much each alone changes the original's output, the worst first.
+def blame(floats: nn.Module, compressed: nn.Module, images: Tensor) -> list[tuple[str, float]]:
+    """Return layers by how much each alone changes the output, the worst first.
 
-    Each layer of the compressed network whose weight has the original's shape is put into the original alone. A layer
-    that changed together with others (folded, pruned) cannot be judged so and is left out.
+    Each layer with codes, or with inputs on a grid, is put alone into the network as it was before any layer had them:
+    with batch norms folded and channels removed, if the chain began with that. Layers that changed together with
+    others since (merged) cannot be judged so and are left out.
+
+    Args:
+        floats: The network before; each layer is back in its place at the end.
+        compressed: The same afterwards.
+        images: Normalised images ``(B, 3, H, W)``.
+
+    Returns:
+        Names, and relative errors of the output ``|y' - y| / |y|``.
     """
-    expected = original(images)
+    expected = floats(images)
     found = []
     after = dict(compressed.named_modules())
-    folded = any(type(layer).__name__ == "WithoutNorm" for layer in after.values())
-    if folded:
-        return []
-    for name, layer in original.named_modules():
+    for name, layer in list(floats.named_modules()):
         other = after.get(name)
-        weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or other is None or type(other) is type(layer):
+        if not isinstance(layer, nn.Conv2d | nn.Linear | CompressedConv2d | CompressedLinear):
             continue
-        if weight is None or tuple(other.current_weight().shape) != tuple(weight.shape):  # type: ignore[operator]
+        if not isinstance(other, CompressedConv2d | CompressedLinear) or other.stored is other.inputs is None:
             continue
-        replace_layer(original, name, other)
-        found.append((name, relative_error(expected, original(images))))
-        replace_layer(original, name, layer)
+        if other.current_weight().shape != current_weight(layer).shape:
+            continue
+        replace_layer(floats, name, other)
+        found.append((name, relative_error(expected, floats(images))))
+        replace_layer(floats, name, layer)
     return sorted(found, key=lambda pair: -pair[1])
 
 
-def blame_text(original: nn.Module, compressed: nn.Module, images: Tensor) -> str:
-    """Return which layers lose most."""
-    found = blame(original, compressed, images)[:BLAMED]
-    if not found:
-        return "which layer it is cannot be told alone: layers were changed together; run the methods one by one"
-    told = ", ".join(f"{name} ({error:.1%} of the output)" for name, error in found)
-    return f"each alone, the layers that change the output most: {told}; protect=[{found[0][0]}] leaves one out"
+def blame_text(transforms: Sequence[Transform], chain: Chain, compressed: nn.Module, images: Tensor) -> str:
+    """Return which method and which layers lose most."""
+    grown = [after - before for before, after in itertools.pairwise([0.0, *chain.errors])]
+    worst = max(range(len(grown)), key=lambda k: grown[k])
+    told = [
+        "the output has changed by "
+        + ", ".join(f"{error:.1%} after {t.name}" for t, error in zip(transforms, chain.errors, strict=True))
+    ]
+    found = [] if chain.floats is None else blame(chain.floats, compressed, images)[:BLAMED]
+    if found:
+        each = ", ".join(f"{name} ({error:.1%} of the output)" for name, error in found)
+        told.append(
+            f"each alone, the layers that change the output most: {each}; "
+            f"compression.<method>.protect=[{found[0][0]}] leaves one out"
+        )
+    shrunk = [one for one in chain.reports[worst].layers if one.bytes_before and one.bytes_after is not None]
+    if transforms[worst].stage in (*KEEPING, "merge") and shrunk:
+        most = sorted(shrunk, key=lambda one: one.bytes_after / one.bytes_before)[:BLAMED]  # type: ignore[operator]
+        parts = ", ".join(f"{one.name} ({1 - one.bytes_after / one.bytes_before:.0%} of its bytes)" for one in most)  # type: ignore[operator]
+        told.append(
+            f"{transforms[worst].name} changes layers together; it took most of {parts}; "
+            f"compression.{transforms[worst].name}.protect=[{most[0].name}] leaves one whole"
+        )
+    return "\n".join(told)
 
 
 def write(out: Path, release: Release, module: AffectModule, written: dict[str, Any], reports: list[Any]) -> None:
@@ -371,9 +400,14 @@ def print_chain(console: Console, name: str, chain: Chain) -> None:
 
 
 def print_totals(
-    console: Console, before: Mapping[str, int], after: Mapping[str, int], parity: Mapping[str, Any], shown: str
+    console: Console,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    parity: Mapping[str, Any],
+    shown: str,
+    tolerance: float,
 ) -> None:
-    """Print bytes, multiplications and how far the predictions moved."""
+    """Print bytes, multiplications, and how far the predictions moved and may move."""
     console.print(
         f"bytes {before['bytes']:,} → {after['bytes']:,} ({before['bytes'] / max(after['bytes'], 1):.2f} times fewer); "
         f"multiplications of an image {before['macs']:,} → {after['macs']:,}",
@@ -381,5 +415,7 @@ def print_totals(
     )
     for name, one in parity.items():
         console.print(
-            f"{name}: values move by {one.mean:.3g} on average on {shown} (scale {one.scale:.3g})", highlight=False
+            f"{name}: values move by {one.mean:.3g} on average on {shown}; tolerance={tolerance:g} allows "
+            f"{tolerance * one.scale:.3g}",
+            highlight=False,
         )

@@ -8,6 +8,7 @@ stored without code.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -38,6 +39,9 @@ STAGES = ("prune", "fold", "merge", "inputs", "weights", "rounding", "residuals"
 
 What must be read of a network before others change it (statistics of batch norms) a transform reads in ``prepare``."""
 
+KEEPING = ("prune", "fold")
+"""Stages after which layers still multiply by floats: what a network was before its layers became codes."""
+
 
 @dataclass
 class Data:
@@ -52,6 +56,7 @@ class Data:
         seed: Of every draw.
         example: Normalised images ``(B, 3, H, W)`` of the size that the network is used with, whatever they show;
             ``run_chain`` fills it in.
+        limits: Smallest and largest normalised pixel of each channel ``(3,)``; None where they are not known.
     """
 
     images: Sequence[Tensor] = ()
@@ -61,10 +66,13 @@ class Data:
     remember: Callable[[], Callable[[], None]] | None = None
     seed: int = 0
     example: Tensor | None = None
+    limits: tuple[Tensor, Tensor] | None = None
 
 
 class Transform(Protocol):
     """A compression method.
+
+    One that can round inputs to grids of their own has an attribute ``input_bits``, None where it leaves them.
 
     Attributes:
         name: As in ``compression=<name>``.
@@ -77,7 +85,7 @@ class Transform(Protocol):
     needs: tuple[str, ...]
 
     def prepare(self, network: nn.Module, data: Data) -> None:
-        """Look at the untouched network; called of every transform before the first one runs."""
+        """Look at the network with its batch norms: as it is given, and where channels are removed, after that."""
         ...
 
     def __call__(self, network: nn.Module, data: Data) -> Report:
@@ -133,16 +141,23 @@ def quantizable(network: nn.Module, protect: Sequence[str] = ()) -> dict[str, nn
 
 
 def check_order(transforms: Sequence[Transform], data: Data) -> None:
-    """Refuse transforms in an order in which one undoes what another needs, or that lack what they need.
+    """Refuse transforms in an order in which one undoes what another needs or did, or that lack what they need.
 
     Raises:
-        ConfigError: With the order that works, or what is missing.
+        ConfigError: With the order that works, what would be undone, or what is missing.
     """
     stages = [STAGES.index(transform.stage) for transform in transforms]
     if stages != sorted(stages):
         names = [t.name for t in sorted(transforms, key=lambda t: STAGES.index(t.stage))]
         raise ConfigError(f"compression: methods work in the order {', '.join(STAGES)}; write [{','.join(names)}]")
+    gridded = next((transform.name for transform in transforms if transform.stage == "inputs"), None)
     for transform in transforms:
+        bits = getattr(transform, "input_bits", None)
+        if gridded is not None and transform.stage != "inputs" and bits is not None:
+            raise ConfigError(
+                f"compression.{transform.name}.input_bits={bits}: {gridded} gives inputs their grids, whose scales the "
+                f"weights take; write input_bits=null here and compression.{gridded}.input_bits={bits}"
+            )
         for need in transform.needs:
             if not getattr(data, need):
                 what = {"images": "images of its training part", "losses": "labels of its training part"}
@@ -163,10 +178,13 @@ class Chain:
     Attributes:
         reports: One for each.
         errors: Relative error of the network's output against the original after each.
+        floats: Copy of the network as it was before the first method that turns layers into codes or merges them,
+            with batch norms folded and channels removed; None where no method does.
     """
 
     reports: list[Report] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    floats: nn.Module | None = None
 
 
 def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, images: Tensor) -> Chain:
@@ -188,9 +206,16 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
     with torch.no_grad():
         original = network(images)
     chain = Chain()
+    prepared = False
     for transform in transforms:
-        transform.prepare(network, data)
-    for transform in transforms:
+        if transform.stage == "prune":
+            transform.prepare(network, data)
+        elif not prepared:  # statistics of channels that are left, after the training that pruning brings with it
+            for later in transforms[len(chain.reports) :]:
+                later.prepare(network, data)
+            prepared = True
+        if chain.floats is None and transform.stage not in KEEPING:
+            chain.floats = copy.deepcopy(network)
         report = transform(network, data)
         network.eval()
         with torch.no_grad():

@@ -78,7 +78,11 @@ class InputGrid(nn.Module):
         y = (x - self.shift) / scale
         if self.power:
             y = self.high * y.sign() * (y.abs() / self.high).pow(self.exponent)
-        y = y.round().clamp(self.low, self.high)
+        codes = y.round().clamp(self.low, self.high)
+        if y.requires_grad:  # layers before this one learn through the rounding, as far as it does not cut off
+            inside = y.clamp(self.low, self.high)
+            codes = inside + (codes - inside).detach()
+        y = codes
         if self.power:
             y = self.high * y.sign() * (y.abs() / self.high).pow(1 / self.exponent)
         if self.absorbed:

@@ -27,6 +27,7 @@ from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.packing import pack
 from affect.compression.power import power_grid, search_exponent
 from affect.compression.report import LayerRecord, Report, signal_to_noise
+from affect.compression.spiq import give_back
 from affect.compression.stored import GridWeight, StoredWeight
 from affect.compression.uniform import bits_by_layer, compressed_layer, put_weight, watched_inputs
 from affect.errors import ConfigError, near
@@ -409,15 +410,22 @@ def units(network: nn.Module, names: Sequence[str], kind: str) -> dict[str, list
 
 
 def float_copy(network: nn.Module) -> nn.Module:
-    """Return the network with floats for weights and inputs, as far as its floats are known."""
+    """Return the network with floats for weights and inputs, as far as its floats are known.
+
+    Scales that inputs and weights share (SPIQ) are given back; where codes hold them, inputs stay on their grids.
+    """
     made = copy.deepcopy(network).eval()
     for layer in made.modules():
         if isinstance(layer, CompressedConv2d | CompressedLinear):
-            layer.inputs = None
             if layer.stored is not None and layer.floats is not None:
                 floats = layer.floats
                 layer.stored = None
                 layer.weight = nn.Parameter(floats.clone())
+            if layer.inputs is not None and layer.inputs.absorbed:
+                if layer.stored is None:
+                    give_back(layer)
+            else:
+                layer.inputs = None
     return made.requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ Gaussian, and functions of one value are integrated numerically.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from affect.compression.base import Data, quantizable
-from affect.compression.graph import Graph, Step, record
+from affect.compression.graph import MEANS, Graph, Step, record
 from affect.compression.layers import CompressedConv2d, CompressedLinear, InputGrid
 from affect.compression.report import LayerRecord, Report
 from affect.compression.uniform import compressed_layer, edge_layers, watched_inputs
 from affect.errors import ConfigError
 
-__all__ = ["SPIQ", "Statistics", "absorb", "channel_scales", "norm_statistics", "propagate"]
+__all__ = ["SPIQ", "Statistics", "absorb", "channel_scales", "give_back", "norm_statistics", "propagate"]
 
 POINTS = 129
 """Points at which a function of a Gaussian is evaluated."""
@@ -89,12 +90,31 @@ def _summed(parts: Sequence[Statistics], reach: float) -> Statistics:
     return Statistics(mean, std, torch.minimum(low, mean), torch.maximum(high, mean))
 
 
+def _averaged(one: Statistics, count: float, correlation: float, reach: float) -> Statistics:
+    """Return statistics of the mean over ``count`` places whose values have one correlation with each other.
+
+    The deviation shrinks by ``√(ρ + (1 - ρ) / n)``: not at all at ρ = 1, by √n for independent places.
+    """
+    std = one.std * (correlation + (1 - correlation) / max(count, 1.0)) ** 0.5
+    low, high = torch.maximum(one.low, one.mean - reach * std), torch.minimum(one.high, one.mean + reach * std)
+    return Statistics(one.mean, std, torch.minimum(low, one.mean), torch.maximum(high, one.mean))
+
+
 def _multiplied(one: Statistics, other: Statistics) -> Statistics:
-    """Return statistics of a product of independent values."""
+    """Return statistics of a product of independent values.
+
+    Both do not come to their ends at once: the range is that on the circle on which both together are as far from
+    their means as each alone at its end (for a sum it is the deviation of the sum).
+    """
     mean = one.mean * other.mean
     square = (one.std.square() + one.mean.square()) * (other.std.square() + other.mean.square())
-    corners = torch.stack([a * b for a in (one.low, one.high) for b in (other.low, other.high)])
-    return Statistics(mean, (square - mean.square()).clamp_min(0).sqrt(), corners.amin(0), corners.amax(0))
+    angle = torch.linspace(0, 2 * torch.pi, POINTS, dtype=torch.float64)[:, None]
+
+    def at(part: Statistics, place: Tensor) -> Tensor:
+        return part.mean + torch.where(place > 0, place * (part.high - part.mean), -place * (part.low - part.mean))
+
+    values = at(one, angle.cos()) * at(other, angle.sin())
+    return Statistics(mean, (square - mean.square()).clamp_min(0).sqrt(), values.amin(0), values.amax(0))
 
 
 def _through_layer(layer: Any, before: Statistics, reach: float) -> Statistics | None:  # noqa: ANN401
@@ -114,20 +134,32 @@ def _through_layer(layer: Any, before: Statistics, reach: float) -> Statistics |
     return Statistics.gaussian(mean + bias, variance.sqrt(), reach)
 
 
-def propagate(network: nn.Module, graph: Graph, reach: float) -> tuple[dict[int, Statistics], dict[int, Step]]:
+def propagate(
+    network: nn.Module,
+    graph: Graph,
+    reach: float,
+    correlation: float = 1.0,
+    limits: tuple[Tensor, Tensor] | None = None,
+) -> tuple[dict[int, Statistics], dict[int, Step]]:
     """Return statistics of values by their number, and for others the step that they are not known beyond.
 
     Args:
         network: The network, with its batch norms.
         graph: What it computes.
-        reach: Standard deviations λ that a range covers. The input counts as normalised: mean 0, deviation 1.
+        reach: Standard deviations λ that a range covers.
+        correlation: Of the places of a channel that are averaged, in [0, 1]; 1 keeps the deviation as a bound.
+        limits: Smallest and largest normalised pixel of each channel ``(3,)``; None lets the input, whose mean counts
+            as 0 and deviation as 1, reach as far as any other value.
     """
     known: dict[int, Statistics] = {}
     lost: dict[int, Step] = {}
     for step in graph.steps:
         if not step.outputs:
             continue
-        found = _step_statistics(network, graph, step, known, reach)
+        if step.kind == "input":
+            found: Statistics | None = _of_images(graph.values[step.outputs[0]].shape[1], reach, limits)
+        else:
+            found = _step_statistics(network, graph, step, known, reach, correlation)
         for value in step.outputs:
             if found is not None:
                 known[value] = found
@@ -136,14 +168,20 @@ def propagate(network: nn.Module, graph: Graph, reach: float) -> tuple[dict[int,
     return known, lost
 
 
+def _of_images(channels: int, reach: float, limits: tuple[Tensor, Tensor] | None) -> Statistics:
+    """Return statistics of normalised images; pixels have limits, which no data is needed for."""
+    found = Statistics.gaussian(torch.zeros(channels).double(), torch.ones(channels).double(), reach)
+    if limits is None:
+        return found
+    low, high = (one.detach().double().cpu().expand(channels) for one in limits)
+    return Statistics(found.mean.clamp(low, high), found.std, low, high)
+
+
 def _step_statistics(
-    network: nn.Module, graph: Graph, step: Step, known: dict[int, Statistics], reach: float
+    network: nn.Module, graph: Graph, step: Step, known: dict[int, Statistics], reach: float, correlation: float
 ) -> Statistics | None:
     """Return statistics of what a step gives, or None."""
     module = network.get_submodule(step.name)
-    if step.kind == "input":
-        size = graph.values[step.outputs[0]].shape[1]
-        return Statistics.gaussian(torch.zeros(size).double(), torch.ones(size).double(), reach)
     if step.kind == "norm" or step.operator == "native_layer_norm":
         known_norm = getattr(module, "weight", None) is not None or step.kind == "norm"
         return norm_statistics(module, reach) if known_norm else None
@@ -151,6 +189,9 @@ def _step_statistics(
     if not parts or len(parts) != len(step.inputs):
         return None
     first = parts[0]
+    if step.kind == "same" and step.operator in MEANS:
+        before, after = (graph.values[value].shape for value in (step.inputs[0], step.outputs[0]))
+        return _averaged(first, math.prod(before[2:]) / math.prod(after[2:]), correlation, reach)
     if step.kind in ("same", "maximum"):
         return first
     if step.kind == "repeat":
@@ -229,12 +270,31 @@ def absorb(network: nn.Module, name: str, low: Tensor, high: Tensor, bits: int, 
         layer.padding_value.div_(scale)
 
 
+@torch.no_grad()
+def give_back(layer: CompressedConv2d | CompressedLinear) -> None:
+    """Undo ``absorb``: take scales out of the weight, and the grid away from its inputs.
+
+    Args:
+        layer: With inputs on a grid whose scales its weight, which is no codes, has in it; changed in place.
+    """
+    assert layer.inputs is not None
+    assert layer.stored is None
+    scale = layer.inputs.scale
+    groups = int(getattr(layer, "groups", 1))
+    split = layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, layer.weight.shape[1], -1)
+    layer.weight.data.copy_((split / scale.view(groups, 1, -1, 1)).reshape(layer.weight.shape))
+    if getattr(layer, "padded", False):
+        layer.padding_value.mul_(scale)
+    layer.inputs = None
+
+
 class SPIQ:
     """Static grids for the inputs of layers, from what batch norms say of them.
 
     Args:
         input_bits: Bits of an input, 2 to 8.
-        reach: Standard deviations that a range covers; None takes 3 up to 4 bits and 4 for more.
+        reach: Standard deviations that a range covers; None takes 1.25 for each bit, 5 at 4 bits and 10 at 8.
+        correlation: Of the places of a channel that are averaged, in [0, 1]: 1 keeps the deviation as a bound.
         alpha: How much of the spread of ranges the weights take: 1 is SPIQ, less as in SmoothQuant.
         edge_bits: Bits of the inputs of the first and last layer; None treats them like the others.
         protect: Names of layers, or their beginnings, whose inputs stay floats.
@@ -247,6 +307,7 @@ class SPIQ:
         self,
         input_bits: int = 8,
         reach: float | None = None,
+        correlation: float = 0.25,
         alpha: float = 1.0,
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
@@ -254,11 +315,13 @@ class SPIQ:
         for key, value in (("input_bits", input_bits), ("edge_bits", edge_bits)):
             if value is not None and not 2 <= int(value) <= 8:
                 raise ConfigError(f"compression.{self.name}.{key}={value}: from 2 to 8")
-        if not 0 <= float(alpha) <= 1:
-            raise ConfigError(f"compression.{self.name}.alpha={alpha}: from 0 to 1")
+        for key, share in (("alpha", alpha), ("correlation", correlation)):
+            if not 0 <= float(share) <= 1:
+                raise ConfigError(f"compression.{self.name}.{key}={share}: from 0 to 1")
         if reach is not None and not float(reach) > 0:
             raise ConfigError(f"compression.{self.name}.reach={reach}: must be positive")
         self.input_bits, self.reach, self.alpha = int(input_bits), reach, float(alpha)
+        self.correlation = float(correlation)
         self.edge_bits, self.protect = edge_bits, tuple(protect)
         self.ranges: dict[str, tuple[Tensor, Tensor, int]] = {}
         self.seen: dict[str, Tensor] = {}
@@ -274,7 +337,7 @@ class SPIQ:
         graph = record(network, data.example)
         self.ranges, self.lost = {}, {}
         for reach in sorted({self.reach_of(b) for b in bits.values()}):
-            known, lost = propagate(network, graph, reach)
+            known, lost = propagate(network, graph, reach, self.correlation, data.limits)
             for step in graph.steps:
                 if step.name in layers and step.inputs and self.reach_of(bits[step.name]) == reach:
                     found = known.get(step.inputs[0])
@@ -286,12 +349,12 @@ class SPIQ:
 
     def reach_of(self, bits: int) -> float:
         """Return the standard deviations that a range of so many bits covers."""
-        return float(self.reach) if self.reach is not None else 3.0 if bits <= 4 else 4.0
+        return float(self.reach) if self.reach is not None else 1.25 * bits
 
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Give layers their grids."""
-        settings = {"input_bits": self.input_bits, "reach": self.reach, "alpha": self.alpha}
-        report = Report(self.name, settings)
+        keys = ("input_bits", "reach", "correlation", "alpha", "edge_bits")
+        report = Report(self.name, {key: getattr(self, key) for key in keys})
         layers = quantizable(network, self.protect)
         now = _inputs(network, [name for name in self.ranges if name in layers], data)
         for name, layer in layers.items():

@@ -96,8 +96,16 @@ def put_inputs(
         shifted: Where inputs are below 0, start an unsigned grid at the smallest (one range for all channels). It is
             stretched a little, so that 0, with which convolutions pad, stays a level.
         orders: Codes for an input: the first, and what each leaves over.
+
+    Raises:
+        ConfigError: If the inputs have grids whose scales the weight has in it.
     """
     layer = compressed_layer(network, name)
+    if layer.inputs is not None and layer.inputs.absorbed:
+        raise ConfigError(
+            f"{name}: its inputs have static grids already, whose scales are in its weight (spiq), and can have no "
+            "others: set input_bits=null"
+        )
     signed = bool((low < 0).any())
     axis = 1 if isinstance(layer, CompressedConv2d) else -1
     a = 1.0 if exponent is None else float(exponent)

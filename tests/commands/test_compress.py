@@ -4,19 +4,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from omegaconf import DictConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from affect.commands import compress, evaluate, export, figures, train
+from affect.commands.configuration import config_directory
 from affect.commands.export import parity_faces, predicted
 from affect.commands.main import main
+from affect.compression.base import STAGES, Data, quantizable, run_chain
+from affect.compression.folding import BatchNormFolding
+from affect.compression.report import Report
+from affect.compression.spiq import SPIQ
+from affect.compression.uniform import current_weight, put_weight, round_to_grid
 from affect.errors import ConfigError
 from affect.release import build_model, build_tasks, read_release
+from tests.compression.networks import FaceNet, shake_norms
 
 Compose = Callable[..., DictConfig]
 
@@ -102,6 +112,85 @@ def test_what_loses_too_much_is_named(
     worst = told.split("protect=[")[1].split("]")[0]
     again = compressed(compose, run, tmp_path / "again", "uniform", *few, f"compression.uniform.protect=[{worst}]")
     assert worst not in {one["name"] for one in again["encoders"]["encoder"][0]["layers"]}
+
+
+@pytest.mark.slow
+def test_what_loses_too_much_is_named_behind_folding(
+    compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compressed(compose, run, tmp_path / "plain", "bn_folding,uniform", "tolerance=0")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "after bn_folding" in told
+    assert "after uniform" in told
+    assert "each alone, the layers that change the output most: model." in told
+    assert "tolerance=0 allows 0" in told
+    shrink = ("compression.singe.criterion=l2", "compression.singe.rounds=1", "compression.singe.tune_steps=0",
+              "compression.singe.final_steps=0")  # fmt: skip
+    compressed(compose, run, tmp_path / "pruned", "singe,bn_folding", *shrink, "tolerance=0")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "singe changes layers together; it took most of model." in told
+
+
+def test_the_layer_that_is_blamed_is_the_one_that_was_rounded() -> None:
+    torch.manual_seed(0)
+    network = FaceNet().eval()
+    shake_norms(network)
+    x = torch.randn(4, 3, 32, 32)
+
+    class Coarse:
+        name, stage, needs = "coarse", "weights", ()
+
+        def prepare(self, network: nn.Module, data: Data) -> None:
+            pass
+
+        def __call__(self, network: nn.Module, data: Data) -> Report:
+            report = Report(self.name)
+            for name in quantizable(network):
+                bits = 2 if name == "stages.3.conv1" else 8
+                weight = current_weight(network.get_submodule(name))
+                report.layers.append(put_weight(network, name, round_to_grid(weight, bits), self.name, bits))
+            return report
+
+    transforms = [BatchNormFolding(), SPIQ(8), Coarse()]
+    chain = run_chain(network, transforms, Data(), x)
+    assert chain.floats is not None
+    before = chain.floats(x)
+    found = compress.blame(chain.floats, network, x)
+    assert found[0][0] == "stages.3.conv1"
+    assert found[0][1] > 2 * found[1][1]
+    assert {name for name, _ in found} == set(quantizable(network))
+    torch.testing.assert_close(chain.floats(x), before)  # every layer is back in its place
+    told = compress.blame_text(transforms, chain, network, x)
+    assert "after bn_folding" in told
+    assert "protect=[stages.3.conv1]" in told
+
+
+METHODS = {path.stem: OmegaConf.load(path)[path.stem] for path in (config_directory() / "compression").glob("*.yaml")}
+FEW = {"steps": 4, "rounds": 1, "tune_steps": 1, "final_steps": 1, "batches": 1}
+"""What makes methods short, where they have it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_gives_a_release_that_is_evaluated(
+    method: str, compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, node = tmp_path / "out", METHODS[method]
+    if get_class(node["_target_"]).stage == "prune":
+        pytest.importorskip("torch_pruning")
+    stages = {name: STAGES.index(get_class(METHODS[name]["_target_"]).stage) for name in {"bn_folding", method}}
+    short = [f"compression.{method}.{key}={value}" for key, value in FEW.items() if key in node]
+    written = compressed(compose, run, out, ",".join(sorted(stages, key=stages.get)), *short, "data.images=16")  # type: ignore[arg-type]
+    assert written["methods"] == sorted(stages, key=stages.get)  # type: ignore[arg-type]
+    assert written["after"]["bytes"] <= 1.05 * written["before"]["bytes"]
+    assert "tolerance=0.05 allows" in capsys.readouterr().out
+    evaluate.run(
+        compose("evaluate", f"checkpoint={out}", f"out={tmp_path / 'table'}", "bootstrap.resamples=0",
+                "data.num_workers=0", f"paths.cache={run.parent / 'cache'}")
+    )  # fmt: skip
+    records = json.loads((tmp_path / "table" / "results.json").read_text(encoding="utf-8"))["metrics"]["test"]
+    assert {one["task"] for one in records} >= {"au", "expression", "valence_arousal"}
+    assert any(one["value"] is not None and math.isfinite(one["value"]) for one in records)
 
 
 def test_mistakes_are_told_before_anything_is_written(
