@@ -38,6 +38,7 @@ SWEEPS: Mapping[str, tuple[str, ...]] = {
     "basic": ("seed=1,2", "selection=refit", "trainer.max_epochs=2", "experiment=two_arms"),
     "spawned": ("seed=1", "hydra/launcher=submitit_local"),
     "tasks": ("seed=1", "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"),
+    "quantized": ("seed=1", "callbacks=[default,pace,qat_int8]", "selection=last"),
     "shared": ("seed=1", "trainer=fsdp", "trainer.strategy.minimum_parameters=1000", "selection=last"),
 }
 
@@ -121,6 +122,15 @@ def test_slurm_is_never_asked_by_lightning_to_queue_a_job_again(monkeypatch: pyt
     assert several.auto_requeue is False
     monkeypatch.setenv("SLURM_NTASKS", "1")  # one task that has several devices
     assert isinstance(distributed.cluster_environment(), LightningEnvironment)
+
+
+@pytest.mark.slow
+def test_processes_quantize_alike(sweeps: dict[str, Path]) -> None:
+    run = sweeps["quantized"] / "0"
+    assert _steps(run) == [[1, 2], [1, 2]]
+    results = json.loads((run / "results.json").read_text())
+    assert results["batch"]["processes"] == 2
+    assert results["quantization"]["activations"] is not None
 
 
 @pytest.mark.slow
