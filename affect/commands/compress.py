@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -262,7 +263,9 @@ def fine_tune(module: AffectModule, source: FaceDataModule, config: DictConfig, 
         num_sanity_val_steps=0,
     )
     module.train()
-    trainer.fit(module, train_dataloaders=source.train_dataloader())
+    with warnings.catch_warnings():  # it is not validated here, on purpose, at every one of many short trainings
+        warnings.filterwarnings("ignore", message=".*`validation_step` but have no `val_dataloader`.*")
+        trainer.fit(module, train_dataloaders=source.train_dataloader())
     module.cpu().eval()
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "pruned_records",
     "relevance",
     "select_units",
+    "traceable",
     "weight_bytes",
     "weight_magnitudes",
 ]
@@ -109,7 +110,7 @@ def _library() -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _traceable(network: nn.Module) -> Iterator[None]:
+def traceable(network: nn.Module) -> Iterator[None]:
     """Let gradients reach every parameter, and attention be a graph of plain operations."""
     frozen = [p for p in network.parameters() if not p.requires_grad]
     fused = [m for m in network.modules() if getattr(m, "fused_attn", False) is True]
@@ -151,7 +152,7 @@ class PruningGraph:
                 raise ConfigError(f"{name}: is compressed already ({type(layer).__name__}); prune before other methods")
         library = _library()
         self.graph = library.DependencyGraph()
-        with _traceable(network), warnings.catch_warnings():
+        with traceable(network), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 self.graph.build_dependency(network, self.example, verbose=False)
@@ -263,7 +264,7 @@ class PruningGraph:
             if len(units):
                 group = self.groups[name]
                 channels = sorted(group.units[units].flatten().tolist())
-                with _traceable(self.network):
+                with traceable(self.network):
                     self.graph.get_pruning_group(group.root, group.handler, channels).prune()
                 for qkv, attention in self.attention.items():
                     if self.names[qkv] == name:
@@ -520,7 +521,7 @@ def _gradient_magnitudes(graph: PruningGraph, losses: Losses, batches: int | Non
     """Return squared norms of the mean gradient of each unit's weights."""
     parameters = list(graph.network.parameters())
     sums = [torch.zeros_like(p) for p in parameters]
-    with _traceable(graph.network):
+    with traceable(graph.network):
         for loss in itertools.islice(losses(), batches):
             for held, gradient in zip(sums, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
                 if gradient is not None:
@@ -543,7 +544,7 @@ def select_units(
     scores: Mapping[str, Tensor],
     target: float,
     budget: str = "macs",
-    normalise: str = "mean",
+    normalise: str = "cost",
     round_to: int = 1,
     most: float = 0.9,
     whole: Mapping[str, int] | None = None,
@@ -555,7 +556,7 @@ def select_units(
         scores: Relevance of each unit.
         target: Cost that is allowed afterwards, in the unit of ``budget``.
         budget: ``macs``, ``parameters`` or ``channels``.
-        normalise: ``mean``: scores are divided by the mean of their group; ``cost``: by what a unit saves; ``none``.
+        normalise: ``cost``: scores are divided by what a unit saves; ``mean``: by the mean of their group; ``none``.
         round_to: Sizes of groups afterwards are multiples of this, where they were larger.
         most: Largest part of a group's original units that may ever go.
         whole: Original number of units by group, if some are gone already.
@@ -639,7 +640,7 @@ class SInGE:
         rounds: int = 10,
         tune_steps: int = 200,
         final_steps: int = 1000,
-        normalise: str = "mean",
+        normalise: str = "cost",
         round_to: int = 1,
         most: float = 0.9,
         heads: str = "dims",

@@ -52,6 +52,7 @@ class Report:
         layers: A record for each layer that it touched or looked at.
         totals: Numbers of the whole, e.g. ``folded``, ``left``, ``exponent``.
         notes: Lines for the user.
+        details: Anything else as plain data, by name: tables of numbers by layer.
         error: Relative error of the network's output on given images, ``|y' - y| / |y|``; None before it is measured.
     """
 
@@ -60,6 +61,7 @@ class Report:
     layers: list[LayerRecord] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
     error: float | None = None
 
     def plain(self) -> dict[str, Any]:
