@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -199,6 +200,26 @@ def test_the_best_candidate_becomes_the_network() -> None:
     assert network(X).shape == (1, 4)
 
 
+def test_attention_is_pruned_to_a_latency_too() -> None:
+    torch.manual_seed(0)
+
+    def vit() -> nn.Module:
+        return timm.models.VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0
+        ).eval()
+
+    network, image = vit(), torch.randn(2, 3, 32, 32)
+    method = Archtree(0.6, timer="macs", criterion="l2", beam=2, children=3, step=0.2, round_to=1, final_steps=0)
+    report = run_chain(network, [method], Data(), image).reports[0]
+    assert report.totals["after"] <= report.totals["budget"]
+    attention = network.blocks[0].attn
+    assert attention.qkv.out_features == 3 * attention.num_heads * attention.head_dim
+    fresh = vit()
+    apply_structure(fresh, structure(vit(), network), network.state_dict(), "config.yaml")
+    fresh.load_state_dict(network.state_dict())
+    torch.testing.assert_close(fresh(image), network(image))
+
+
 def remembering(task: Task) -> Data:
     data = task.data()
 
@@ -350,7 +371,6 @@ def test_times_of_pruned_networks_are_measured_in_one_graph() -> None:
 @pytest.mark.slow
 def test_a_graph_with_sizes_in_it_is_exported_again() -> None:
     pytest.importorskip("onnxruntime")
-    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, num_classes=0
