@@ -20,12 +20,19 @@ def natural_weight(results: Mapping[str, Any]) -> float | None:
     return next((entry["weight"] for entry in found["orders"] if entry["order"] == found["outputs"]), 0.0)
 
 
-def natural_selected(results: Mapping[str, Any]) -> float | None:
-    """Return 1 if the natural order is the most probable one, else 0."""
+def favourite(results: Mapping[str, Any]) -> list[str] | None:
+    """Return the most probable order; None also for a mixture that prefers none, as one that is uniform does not."""
     found = results["findings"].get("order")
     if found is None:
         return None
-    return float(found["orders"][0]["order"] == found["outputs"])
+    first, *others = found["orders"]
+    return None if others and others[0]["weight"] >= first["weight"] else first["order"]
+
+
+def natural_selected(results: Mapping[str, Any]) -> float | None:
+    """Return 1 if the natural order is the most probable one, else 0; None where none is."""
+    selected = favourite(results)
+    return None if selected is None else float(selected == results["findings"]["order"]["outputs"])
 
 
 def natural_rank(results: Mapping[str, Any]) -> float | None:
@@ -52,11 +59,12 @@ def distance_to_natural(results: Mapping[str, Any]) -> float | None:
 def later_pairs_in_order(results: Mapping[str, Any]) -> float | None:
     """Return the share of pairs among all tasks but the first that the most probable order treats in natural order.
 
-    For the dyadic toy: its first task is solved from the input alone, so its place is free.
+    For the dyadic toy: its first task is solved from the input alone, so its place is free. None where no order is the
+    most probable.
     """
-    found = results["findings"].get("order")
-    if found is None:
+    selected = favourite(results)
+    if selected is None:
         return None
-    place = [found["orders"][0]["order"].index(name) for name in found["outputs"][1:]]
+    place = [selected.index(name) for name in results["findings"]["order"]["outputs"][1:]]
     pairs = [(a, b) for k, a in enumerate(place) for b in place[k + 1 :]]
     return float(np.mean([a < b for a, b in pairs])) if pairs else 1.0
