@@ -2,7 +2,8 @@
 """``affect reproduce``: a controlled experiment, every arm with every seed through ``affect train``, and one table.
 
 An experiment is a configuration of ``affect train`` with a node ``controlled``: the claim and its source, arms as lists
-of overrides, what is measured, and how large it is on which scale. There is no training here.
+of overrides, what is measured, and how large it is on which scale. There is no training here. Where the arms do
+something else to a model that was trained before them, ``controlled.cell`` names the function that does it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _OWN = ("scale", "seeds", "arms", "out", "paths.output", "paths.runs")
 
 _KEYS = (
     *("claim", "source", "expected", "before", "common", "arms", "measures", "baseline", "headroom", "scales"),
-    *("selection_note", "tune"),
+    *("selection_note", "tune", "cell", "tradeoff"),
 )
 
 BEFORE = "before"
@@ -76,6 +77,10 @@ def run(config: DictConfig) -> None:
         brought = run_before(plan, scale, given, seed, out, chosen, console)
         for arm in arms:
             folder = out / arm / f"seed{seed}"
+            if plan.get("cell"):
+                run_cell(plan, scale, arm, folder, [*brought, f"seed={seed}"], console)
+                results[arm][seed] = read_json(folder / RESULTS) | {"folder": str(folder)}
+                continue
             common = [*plan.get("common", []), *scale.get("overrides", []), *brought]
             overrides = [*common, *plan["arms"][arm], *own.get(arm, []), *given, f"seed={seed}"]
             cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
@@ -90,6 +95,27 @@ def run(config: DictConfig) -> None:
         write_summary(out, config, plan, chosen, results, console, tuned)
 
 
+def run_cell(
+    plan: Mapping[str, Any], scale: Mapping[str, Any], arm: str, folder: Path, brought: Sequence[str], console: Console
+) -> None:
+    """Have ``controlled.cell`` do what an arm says, unless it has been done.
+
+    Args:
+        plan: Node ``controlled``; ``cell`` names a function of a folder and overrides, which writes ``results.json``.
+        scale: Its scale: ``cells`` are overrides of every arm, ``cell`` other arguments of the function.
+        arm: The arm.
+        folder: Of the cell.
+        brought: Overrides that name what was trained before, and the seed.
+        console: Where it says what it does.
+    """
+    if (folder / RESULTS).is_file():
+        return
+    console.rule(f"{arm}, {folder.name}")
+    overrides = [*plan.get("common", []), *scale.get("cells", []), *brought, *plan["arms"][arm]]
+    node = OmegaConf.create({**plan["cell"], **(scale.get("cell") or {})})
+    assembly.make(node, "controlled.cell", _partial_=True)(folder=folder, overrides=overrides)
+
+
 def run_before(
     plan: Mapping[str, Any],
     scale: Mapping[str, Any],
@@ -102,14 +128,16 @@ def run_before(
     """Train what the arms of a seed build on (``controlled.before``) and return the overrides that name it.
 
     Each entry is a run of the experiment itself with ``overrides`` of its own, whose folder becomes the value of
-    ``key`` in every arm. Of the command line it takes what is no setting of the arms' model or tasks.
+    ``key`` in every arm. Of the command line it takes what is no setting of the arms' model or tasks, which arms that
+    are no trainings do not have.
     """
     from affect.commands import train
 
     brought = []
     for name, step in (plan.get("before") or {}).items():
         folder = out / BEFORE / str(name) / f"seed{seed}"
-        shared = [override for override in given if _key(override).split(".")[0] not in ("model", "task")]
+        own = () if plan.get("cell") else ("model", "task")
+        shared = [override for override in given if _key(override).split(".")[0] not in own]
         overrides = [*step.get("overrides", []), *scale.get("overrides", []), *shared, f"seed={seed}"]
         cell = compose(config_name="train", overrides=[f"experiment={chosen}", *overrides])
         OmegaConf.set_struct(cell, False)
@@ -217,6 +245,15 @@ def check_plan(config: DictConfig, plan: Any, chosen: str) -> None:  # noqa: ANN
             raise ConfigError(f"arms: no arm {arm!r}; {near(str(arm), plan['arms'])}")
     for name in {BEFORE, TUNE} & set(plan["arms"]):
         raise ConfigError(f"controlled.arms: the name {name} is that of a folder; give the arm another one")
+    if plan.get("cell") and (not plan.get("before") or plan.get("tune")):
+        raise ConfigError(
+            "controlled.cell: arms that are no trainings need a model that is trained before, and no tuning"
+        )
+    shown = plan.get("tradeoff") or {}
+    for measure in [*([shown.get("against")] if shown else []), *shown.get("of", [])]:
+        if measure not in plan["measures"]:
+            known = near(str(measure), plan["measures"])
+            raise ConfigError(f"controlled.tradeoff: no measure {measure!r}; {known}")
     for name, step in (plan.get("before") or {}).items():
         if not isinstance(step, Mapping) or not step.get("key"):
             raise ConfigError(f"controlled.before.{name}: needs key=<setting of the arms that gets its folder>")
@@ -350,7 +387,7 @@ def write_summary(
 ) -> None:
     """Write ``table.md``, ``reproduce.json`` and the figure of an experiment, and print the table."""
     from affect.report.figures import save
-    from affect.report.figures.experiments import experiment_figure
+    from affect.report.figures.experiments import experiment_figure, tradeoff_figure
 
     name = chosen.removeprefix("controlled/")
     measures: dict[str, Cells] = {
@@ -399,7 +436,13 @@ def write_summary(
         "environment": environment(),
     }
     write_json(out / STORED, stored)
-    save(experiment_figure(measures, f"{name} ({config.scale})"), out / "figure.png")
+    shown = plan.get("tradeoff")
+    save(
+        tradeoff_figure(measures, shown["against"], shown["of"], f"{name} ({config.scale})")
+        if shown
+        else experiment_figure(measures, f"{name} ({config.scale})"),
+        out / "figure.png",
+    )
     for shown in experiment_tables(measures, baseline):
         console.print(shown)
     console.print(experiment_note(measures, baseline), highlight=False, markup=False)
