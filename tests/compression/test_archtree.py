@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from affect.compression import archtree
 from affect.compression.archtree import (
     Archtree,
     Candidate,
@@ -198,6 +199,24 @@ def test_the_best_candidate_becomes_the_network() -> None:
     assert mac_latency(network, X, 1).median == pytest.approx(report.totals["after"])
     assert {record.name for record in report.layers if "now" in record.note} >= {"0", "2"}
     assert network(X).shape == (1, 4)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_the_end_is_timed_anew_and_a_missed_budget_is_told(monkeypatch: pytest.MonkeyPatch, slower: float) -> None:
+    asked: list[object] = []
+
+    def timer(network: nn.Module, example: Tensor) -> Latency:
+        again = signature(network) in asked
+        asked.append(signature(network))
+        return Latency(mac_latency(network, example, 1, 1).median * (slower if again else 1), 0.5)
+
+    monkeypatch.setattr(archtree, "OnnxRuntimeTimer", lambda runs, threads: timer)
+    method = Archtree(milliseconds=150, criterion="l2", round_to=1, final_steps=0)
+    report = method(layers(8, 12, 10, 6, 4), Data(example=X))
+    assert report.totals["budget"] == 150
+    assert (report.totals["after"] > 150) == (slower > 1)
+    assert "300 → " in report.notes[0]
+    assert any("above the budget of 150 ms" in note for note in report.notes) == (slower > 1)
 
 
 def test_attention_is_pruned_to_a_latency_too() -> None:
