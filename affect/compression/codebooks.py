@@ -49,6 +49,9 @@ Array = NDArray[np.float64]
 VARIANTS = ("codebooks", "block_scales", "row_scales")
 GRADIENTS = ("proximal", "softmax")
 
+COPIES = 6
+"""Tensors of the size of the scores while they are learned."""
+
 
 # ------------------------------------------------------------------------------------------- groups and codebooks
 
@@ -410,7 +413,8 @@ class JLCM:
         gradient: Of codes: ``proximal`` or ``softmax``.
         epsilon: ε of the proximal gradient, in steps of the codebook.
         neighbours: Entries on each side of its first code that a weight can move to.
-        memory: GiB for a layer's inputs and outputs; fewer images are used where they are larger.
+        memory: GiB for a layer's inputs and outputs, and as much for its scores; fewer images are used, and fewer
+            neighbours, where they are larger.
         edge_bits: Bits of the first and last layer, which become uniform; None treats them like the others.
         protect: Names of layers, or their beginnings, that stay floats.
     """
@@ -493,7 +497,10 @@ class JLCM:
             records[name] = put_weight(network, name, stored, self.name, self.bits, told)
         kept, moved, total = 0, 0, 0
         if self.learning.steps:
-            for number, name in enumerate(n for n in order_of_use(network, inner, data.images[0])):
+            for number, name in enumerate(order_of_use(network, inner, data.images[0])):
+                if self._width(network, name) < 3:
+                    records[name].note += f"; not learned: its scores take more than memory={self.memory:g} GiB"
+                    continue
                 changed, note = self._learned(network, teacher, name, data, number)
                 moved, total = moved + changed, total + current_weight(network.get_submodule(name)).numel()
                 kept += note is None
@@ -532,7 +539,8 @@ class JLCM:
             return sum(float(loss(part)) * len(part) for part in parts) / len(target)
 
         first = whole()
-        learner = LearnedCodebook(before, layer.floats, self.neighbours, self.gradient, self.epsilon)
+        reach = (self._width(network, name) - 1) // 2
+        learner = LearnedCodebook(before, layer.floats, reach, self.gradient, self.epsilon)
         layer.stored = learner
         learn_codebook(learner, loss, len(target), self.learning, generator)
         layer.stored = learner.frozen()
@@ -543,6 +551,11 @@ class JLCM:
         jumps = (learner.codes() - before.indices()).abs()
         changed = int((jumps > 0).sum())
         return changed, f"{changed / jumps.numel():.1%} of codes moved; loss {first:.3g} → {last:.3g}"
+
+    def _width(self, network: nn.Module, name: str) -> int:
+        """Return for how many entries of each weight scores, their gradients and what is between fit the memory."""
+        most = int(self.memory * 2**30 / (COPIES * 4 * current_weight(network.get_submodule(name)).numel()))
+        return min(2 * self.neighbours + 1, most)
 
     def _batches(self, network: nn.Module, name: str, data: Data) -> list[Tensor]:
         """Return as many images as the memory holds inputs and outputs of a layer for."""

@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ["pack", "packed_bytes", "unpack"]
 
+PIECE = 2**22
+"""Codes that are taken apart at once, a multiple of 8: each of their bits is a number of 8 bytes meanwhile."""
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Return how many bytes ``count`` codes of ``bits`` bits take: no gaps between codes, the last byte filled up."""
@@ -34,6 +37,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits")
     if bits == 8:
         return flat.to(torch.uint8)
+    if len(flat) > PIECE:
+        return torch.cat([pack(part, bits) for part in flat.split(PIECE)])
     digits = ((flat[:, None] >> torch.arange(bits, device=flat.device)) & 1).flatten()
     digits = torch.nn.functional.pad(digits, (0, -len(digits) % 8)).view(-1, 8)
     return (digits << torch.arange(8, device=flat.device)).sum(1).to(torch.uint8)
@@ -49,6 +54,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
     if bits == 8:
         return packed.flatten().to(torch.int16)
+    if count > PIECE:
+        pieces = packed.flatten().split(PIECE * bits // 8)
+        return torch.cat([unpack(part, bits, min(PIECE, count - k * PIECE)) for k, part in enumerate(pieces)])
     digits = ((packed.flatten()[:, None].to(torch.int16) >> torch.arange(8, device=packed.device)) & 1).flatten()
     digits = digits[: count * bits].view(count, bits)
     whole = torch.int16 if bits < 16 else torch.int32

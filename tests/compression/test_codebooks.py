@@ -317,6 +317,14 @@ def test_orders_are_stored_where_they_are_not_absorbed(network: Net, images: lis
     torch.testing.assert_close(absorbed(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+def test_what_does_not_fit_the_memory_keeps_k_means_and_says_so(network: Net, images: list[Tensor]) -> None:
+    size = network.inner.weight.numel() * 4 * 2**-30  # a score of each weight of the largest layer, in GiB
+    chain = run_chain(network, [JLCM(bits=2, steps=3, memory=12 * size)], Data(images=images), images[0])
+    notes = {record.name: record.note for record in chain.reports[0].layers}
+    assert "not learned: its scores take more than memory=" in notes["inner"]
+    assert "not learned" not in notes["depthwise"]
+
+
 def test_codes_are_not_put_on_codes_and_settings_that_make_no_sense_are_refused(network: Net) -> None:
     UniformQuantization(bits=4)(network, Data())
     with pytest.raises(ConfigError, match="stem has codes already"):

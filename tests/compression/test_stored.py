@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from affect.compression import packing
 from affect.compression.packing import pack, packed_bytes, unpack
 from affect.compression.stored import (
     CodebookWeight,
@@ -26,6 +27,16 @@ def test_codes_survive_packing_and_take_no_more_bytes_than_bits(bits: int, count
     assert packed.dtype == torch.uint8
     assert len(packed) == packed_bytes(count, bits) == math.ceil(count * bits / 8)
     assert torch.equal(unpack(packed, bits, count).long(), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 11, 16])
+@pytest.mark.parametrize("count", [16, 17, 31, 32, 100])
+def test_many_codes_are_packed_piece_by_piece(bits: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(0))
+    whole = pack(codes, bits)
+    monkeypatch.setattr(packing, "PIECE", 16)
+    assert torch.equal(pack(codes, bits), whole)
+    assert torch.equal(unpack(whole, bits, count).long(), codes)
 
 
 def test_bits_are_laid_out_as_documented() -> None:
