@@ -30,6 +30,8 @@ from affect.compression.red import (
     split_weight,
 )
 from affect.compression.report import count_macs, stored_size
+from affect.compression.rounding import AdaRound
+from affect.compression.spiq import SPIQ
 from affect.compression.stored import CodebookWeight, SplitWeight, build_weight, weight_node
 from affect.compression.structure import apply_structure, structure
 from affect.compression.uniform import UniformQuantization
@@ -529,6 +531,26 @@ def test_results_are_rebuilt_from_plain_data_and_quantized_further() -> None:
     torch.testing.assert_close(baked(network)(x), network(x))
     with pytest.raises(ConfigError, match="has codes already"):
         RED()(network, Data(example=x))
+
+
+def test_what_may_follow(trained: tuple[Digits, Tensor]) -> None:
+    network, images = copy.deepcopy(trained[0]), trained[1]
+    data = Data(images=[images[:32]])
+    chain = run_chain(network, [RED(), UniformQuantization(bits=4), AdaRound(steps=3)], data, images)
+    assert chain.errors[-1] < 0.5
+    chain = run_chain(copy.deepcopy(trained[0]), [RED(store="floats"), AdaRound(steps=3)], data, images)
+    assert chain.errors[-1] < 0.5
+    with pytest.raises(ConfigError, match="codes on no grid"):
+        run_chain(copy.deepcopy(trained[0]), [RED(store="codebook"), AdaRound(steps=3)], data, images)
+    torch.manual_seed(0)
+    faces = shake_norms(FaceNet((1, 1)))
+    plant(faces, IMAGES.float())
+    transforms = [BatchNormFolding(), RED(bandwidth=0, store="floats"), SPIQ(8), UniformQuantization(bits=8)]
+    chain = run_chain(faces, transforms, Data(), IMAGES.float())
+    assert chain.reports[1].totals["merged"] > 0
+    assert chain.reports[2].totals["static"] > 0
+    assert chain.reports[2].totals["floats"] > 0  # those whose channels are not those that SPIQ read
+    assert chain.errors[-1] < 0.1
 
 
 def test_norms_that_are_not_folded_are_told() -> None:
