@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -376,6 +378,35 @@ def test_shipped_sweeps_compose_every_kind_of_job(path):
                 settings = [f"{k}={v}" for k, v in (first | {key: value}).items()]
                 job = hydra.compose_config("train", [f"sweep={path.stem}", *settings], RunMode.RUN)
                 assert str(job.protocol.test) == (first | {key: value})["protocol.test"]
+
+
+def test_the_guide_for_clusters_names_commands_files_and_keys_that_exist():
+    """Lines of a shell compose, and what stands between marks of code is a choice or a key of ``affect train``."""
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ").replace("…", "")
+    lines = [line.partition(" #")[0] for line in re.findall(r"affect (?:train|collect|rerun) [^`\n]*", text)]
+    assert len(lines) >= 6
+    with configuration.open_hydra("train") as hydra:
+        for line in lines:
+            _, command, *words = shlex.split(line)
+            settings = [word.partition(",")[0] if "=[" not in word else word for word in words if "=" in word]
+            if command == "collect":  # where the name of a key is that of a group too
+                settings = [word.replace("sweep=", "folder=") for word in settings]
+            hydra.compose_config(command, settings, RunMode.MULTIRUN)
+        spans = set(re.findall(r"`([a-z_/]+(?:\.[a-z_]+)*=[^`…<$]+)`", text))
+        choices = {tuple(word.split("=")) for span in spans for word in shlex.split(span) if "/" in word.split("=")[0]}
+        assert choices
+        for group, name in choices:
+            assert name in hydra.config_loader.get_group_options(group), (group, name)
+        whole = hydra.compose_config("train", ["hydra/launcher=slurm"], RunMode.MULTIRUN)
+        keys = set(
+            re.findall(r"(?:trainer|data|compile|optimizer|hydra|callbacks|learning_rate_scaling)\.[a-z_.]+", text)
+        )
+        absent = object()
+        missing = {key for key in keys if OmegaConf.select(whole, key.rstrip("."), default=absent) is absent}
+        assert missing == {"hydra.launcher.n_jobs", "hydra.sweeper.n_jobs"}  # of joblib and of Optuna
 
 
 def test_sources_follow_the_test_part_of_a_sweep():
