@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from affect.errors import ConfigError, near
 from affect.models.base import AffectModule
@@ -115,13 +116,18 @@ def check_precision(config: DictConfig) -> None:
 
     A fused optimiser unscales half-precision gradients itself, after they were clipped.
     """
-    half = str(config.trainer.get("precision", "")) in ("16-mixed", "16", "16-true")
+    half = half_precision(config)
     fused = bool((config.get("optimizer") or {}).get("fused"))
     if half and fused and config.trainer.get("gradient_clip_val"):
         raise ConfigError(
             "optimizer.fused=true with trainer.precision=16-mixed cannot clip gradients (it unscales them itself); "
             "take trainer.precision=bf16-mixed, optimizer.fused=null or trainer.gradient_clip_val=null"
         )
+
+
+def half_precision(config: DictConfig) -> bool:
+    """Return whether gradients are of 16 bits with few exponents, for which losses are scaled."""
+    return str(config.trainer.get("precision", "")) in ("16-mixed", "16", "16-true")
 
 
 def compile_encoders(config: DictConfig, module: AffectModule) -> None:
@@ -139,7 +145,7 @@ def compile_encoders(config: DictConfig, module: AffectModule) -> None:
     backends = torch.compiler.list_backends(exclude_tags=())
     if backend not in backends:
         raise ConfigError(f"compile.backend={backend}: {near(backend, backends)}")
-    tapping = [name for name, objective in module.objectives.items() if getattr(objective, "layers", ())]
+    tapping = objectives_inside(module)
     if tapping:
         raise ConfigError(
             f"compile.encoder=true: objective {tapping[0]} taps layers inside the encoder and differentiates twice, "
@@ -152,6 +158,17 @@ def compile_encoders(config: DictConfig, module: AffectModule) -> None:
         encoder.compile(backend=backend, mode=None if mode == "default" else mode)
 
 
+def objectives_inside(module: AffectModule) -> list[str]:
+    """Return the names of the objectives that tap layers of encoders."""
+    encoders = [name for name, _ in module.encoder_modules()]
+    return [
+        name
+        for name, objective in module.objectives.items()
+        for layer in getattr(objective, "layers", ())
+        if any(f"{layer}.".startswith(f"{encoder}.") for encoder in encoders)
+    ]
+
+
 def check_sharing(config: DictConfig, module: AffectModule, trainer: pl.Trainer) -> None:
     """Refuse what does not go with encoders that are shared out over processes (``trainer=fsdp``).
 
@@ -159,16 +176,21 @@ def check_sharing(config: DictConfig, module: AffectModule, trainer: pl.Trainer)
         ConfigError: With what to change.
     """
     if not isinstance(trainer.strategy, FullyShardedStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ConfigError("trainer.strategy: this one writes files with parts of weights; use trainer=fsdp")
         return
-    tapping = [name for name, objective in module.objectives.items() if getattr(objective, "layers", ())]
+    tapping = objectives_inside(module)
     averaging = any(isinstance(c, pl.callbacks.WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
     refused = {
-        "there is no encoder to share out": not list(module.encoder_modules()),
+        "there is no encoder with weights to share out": not any(
+            True for _, encoder in module.encoder_modules() for _ in encoder.parameters()
+        ),
         f"objective {''.join(tapping[:1])} differentiates twice through layers of the encoder": bool(tapping),
         "callbacks.ema averages whole weights": averaging,
         "callbacks.qat replaces weights of the encoder": module.quantization is not None,
         "compile.encoder=true was never tried with it": bool((config.get("compile") or {}).get("encoder")),
         "trainer.sync_batchnorm=true has no effect in it": bool(config.trainer.get("sync_batchnorm")),
+        "processes would scale 16-bit gradients differently (bf16-mixed needs no scaling)": half_precision(config),
     }
     for reason, holds in refused.items():
         if holds:

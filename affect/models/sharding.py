@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from affect.errors import CheckpointError
 
 MINIMUM = 1_000_000
 """Parameters of a block that is gathered by itself, so that no process holds the whole encoder while it trains."""
@@ -50,9 +52,27 @@ class FullyShardedStrategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module.shards = Shards(self.device_mesh["data_parallel"], self.minimum_parameters)
 
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare model and optimisers; what is gathered for a validation is trained with afterwards.
+
+        Tensors that are first made in inference mode could not be.
+        """
+        evaluations = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+        for loop in (*evaluations, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore weights and states, and return the rest of the checkpoint; reading runs no code."""
-        return super().load_checkpoint(checkpoint_path, weights_only=True)
+        """Restore weights and states, and return the rest of the checkpoint; reading runs no code.
+
+        Raises:
+            CheckpointError: If the file is damaged, holds more than plain data, or is of another model.
+        """
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+            raise CheckpointError(f"{checkpoint_path}: cannot be read ({reason})") from error
 
 
 class Shards:
@@ -87,7 +107,7 @@ class Shards:
         first = torch.distributed.get_global_rank(group, 0)
         with torch.no_grad():
             for tensor in tensors:
-                here = tensor.detach().to(self.mesh.device_type)
+                here = tensor.detach().to(self.mesh.device_type).contiguous()
                 torch.distributed.broadcast(here, src=first, group=group)
                 tensor.copy_(here)
 
@@ -153,12 +173,24 @@ class Shards:
 
 
 def share_out(encoder: nn.Module, mesh: DeviceMesh, minimum_parameters: int = MINIMUM) -> None:
-    """Share out an encoder over the processes of ``mesh``, in place.
+    """Share out an encoder over the processes of ``mesh``, in place; its ``gathered_together`` are gathered apart.
+
+    Parts of weights are parts of rows, so weights in another memory order (``channels_last``) go back to the plain one.
+    """
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data.contiguous()
+    for module in gathered_together(encoder, minimum_parameters):
+        fully_shard(module, mesh=mesh)
+
+
+def gathered_together(encoder: nn.Module, minimum_parameters: int = MINIMUM) -> dict[nn.Module, int]:
+    """Return the modules whose parameters are gathered together, with their numbers of parameters; the encoder is last.
 
     Members of sequences and lists (the blocks of a network) are gathered by themselves from ``minimum_parameters``
     parameters on that no block inside them has taken; what remains is gathered with the encoder. Other modules may be
     entered by other ways than their ``forward``, as timm's networks are by ``forward_features``.
     """
+    found: dict[nn.Module, int] = {}
 
     def visit(module: nn.Module, member: bool) -> int:
         inside = isinstance(module, nn.Sequential | nn.ModuleList)
@@ -166,11 +198,11 @@ def share_out(encoder: nn.Module, mesh: DeviceMesh, minimum_parameters: int = MI
         left = own + sum(visit(child, inside) for child in module.children())
         if not member or left < minimum_parameters:
             return left
-        fully_shard(module, mesh=mesh)
+        found[module] = left
         return 0
 
-    visit(encoder, False)
-    fully_shard(encoder, mesh=mesh)
+    left = visit(encoder, False)
+    return {**found, encoder: left}
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -185,9 +217,12 @@ def clip_norm(parameters: list[Tensor], limit: float) -> None:
         parameters: The parameters.
         limit: Largest norm.
     """
-    kinds = [[p for p in parameters if isinstance(p, DTensor) == shared] for shared in (False, True)]
-    norms = [full(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
-    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    held = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = [[p for p in held if isinstance(p, DTensor) == shared] for shared in (False, True)]
+    norms = [full(nn.utils.get_total_norm([p.grad for p in kind])) for kind in kinds if kind]
+    if not norms:
+        return
+    total = torch.linalg.vector_norm(torch.stack(norms))
     for kind in kinds:
         nn.utils.clip_grads_with_norm_(kind, limit, total)
 
