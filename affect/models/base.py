@@ -295,10 +295,9 @@ class AffectModule(pl.LightningModule):
         """Return the mean of each term since the last call, over all processes, and start anew."""
         losses = {}
         for name, pair in sorted(self._sums[stage].items()):
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(pair)
-            if pair[1] > 0:
-                losses[f"{stage}/{name}/loss"] = float(pair[0] / pair[1])
+            total = _over_processes(pair)
+            if total[1] > 0:
+                losses[f"{stage}/{name}/loss"] = float(total[0] / total[1])
         self._sums[stage] = {}
         return losses
 
@@ -532,15 +531,24 @@ class AffectModule(pl.LightningModule):
         return keep
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store open sums and the last validation, so that a continued epoch reports what it would have reported."""
+        """Store open sums and the last validation, so that a continued epoch reports what it would have reported.
+
+        Sums are those of all processes, which call this together.
+        """
         checkpoint["affect_sums"] = {
-            stage: {name: pair.cpu() for name, pair in sums.items()} for stage, sums in self._sums.items()
+            stage: {name: _over_processes(pair).cpu() for name, pair in sorted(sums.items())}
+            for stage, sums in self._sums.items()
         }
         checkpoint["affect_last_validation"] = dict(self.last_validation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore open sums and the last validation."""
-        self._sums = {"train": {}, "val": {}, **checkpoint.get("affect_sums", {})}
+        """Restore open sums, which the first of several processes goes on with, and the last validation."""
+        first = self._trainer is None or self.trainer.is_global_zero
+        stored = {
+            stage: {name: pair if first else torch.zeros_like(pair) for name, pair in sums.items()}
+            for stage, sums in checkpoint.get("affect_sums", {}).items()
+        }
+        self._sums = {"train": {}, "val": {}, **stored}
         self.last_validation = dict(checkpoint.get("affect_last_validation", {}))
 
     def release_state(self) -> dict[str, Tensor]:
@@ -567,6 +575,14 @@ class AffectModule(pl.LightningModule):
 def held_out(loader: Callable[[str], Iterable[Batch] | None]) -> Iterable[Batch] | None:
     """Return the batches of the test part, or of the validation part without one; None where there is neither."""
     return next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+
+
+def _over_processes(numbers: Tensor) -> Tensor:
+    """Return the sum of ``numbers`` over all processes, which must ask together."""
+    total = numbers.clone()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def _hold_constant(optimizer: torch.optim.Optimizer) -> None:
