@@ -16,7 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from affect.callbacks import preemptible
 from affect.commands import assembly, configuration, train
+from affect.commands.distributed import join_tasks, processes_of_a_run
 from affect.commands.run_folder import CODE, CONFIG, RESULTS, contents, is_first_process
 from affect.errors import ConfigError, near
 from affect.report import environment, read_json, write_json
@@ -28,7 +30,16 @@ COMPLETED = ("data", "trainer", "protocol", "paths", "bootstrap")
 
 
 def run(config: DictConfig) -> float | None:
-    """Start a run again and say what differs from then; its score is returned."""
+    """Start a run again and say what differs from then; its score is returned.
+
+    Told to leave by a signal it does what ``affect train`` does.
+    """
+    join_tasks()
+    with preemptible(), processes_of_a_run():
+        return _run(config)
+
+
+def _run(config: DictConfig) -> float | None:
     console = Console(quiet=not is_first_process())
     path = Path(config.results).expanduser()
     path = path / RESULTS if path.is_dir() else path

@@ -98,7 +98,6 @@ def run(config: DictConfig) -> float | None:
 
     Arms of ``compare`` are runs of their own below the run's folder; their table stands beside the run's.
     """
-    torch.set_float32_matmul_precision("high")
     join_tasks()
     with preemptible(), processes_of_a_run():
         output = resolve_output(config)
@@ -110,6 +109,7 @@ def run(config: DictConfig) -> float | None:
 
 def train(config: DictConfig, output: Path) -> float | None:
     """Train one run in ``output``; a finished one is skipped, an unfinished one continues, a running one is refused."""
+    torch.set_float32_matmul_precision("high")
     console = Console(quiet=not is_first_process())
     check_keys(config)
     with locked(output):
