@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 from tqdm import tqdm
@@ -272,17 +272,19 @@ def _of_setting(keys: Iterable[str]) -> list[str]:
 
 
 def _same_stage(first: Run, other: Run, key: str) -> bool:
-    """Return whether the weights that two runs took from earlier runs are of one setting of those."""
-    configs = [_earlier_config(run, key) for run in (first, other)]
-    return None not in configs and not _of_setting(differing(*configs))  # type: ignore[arg-type]
+    """Return whether the weights that two runs took from earlier runs are of one setting and the same tables."""
+    one, two = (_earlier_results(run, key) for run in (first, other))
+    if one is None or two is None or (one.get("made_of") or {}).get("table") != (two.get("made_of") or {}).get("table"):
+        return False
+    return not _of_setting(differing(OmegaConf.create(dict(one["config"])), OmegaConf.create(dict(two["config"]))))
 
 
-def _earlier_config(run: Run, key: str) -> DictConfig | None:
-    """Return the config of the run whose weights a run took; None where that cannot be known any more."""
+def _earlier_results(run: Run, key: str) -> dict[str, Any] | None:
+    """Return the results of the run whose weights a run took; None where they cannot be known any more."""
     given = earlier_weights(OmegaConf.create(dict(run.results["config"]))).get(key)
     places = () if given is None else (given, *given.parents[:2])
     found = next((place / RESULTS for place in places if (place / RESULTS).is_file()), None)
-    return None if found is None else OmegaConf.create(dict(read_json(found)["config"]))
+    return None if found is None else read_json(found)
 
 
 def _made_of(run: Run) -> dict[str, dict[str, str]]:
