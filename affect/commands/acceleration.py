@@ -116,18 +116,13 @@ def check_precision(config: DictConfig) -> None:
 
     A fused optimiser unscales half-precision gradients itself, after they were clipped.
     """
-    half = half_precision(config)
+    half = str(config.trainer.get("precision", "")) in ("16-mixed", "16", "16-true")
     fused = bool((config.get("optimizer") or {}).get("fused"))
     if half and fused and config.trainer.get("gradient_clip_val"):
         raise ConfigError(
             "optimizer.fused=true with trainer.precision=16-mixed cannot clip gradients (it unscales them itself); "
             "take trainer.precision=bf16-mixed, optimizer.fused=null or trainer.gradient_clip_val=null"
         )
-
-
-def half_precision(config: DictConfig) -> bool:
-    """Return whether gradients are of 16 bits with few exponents, for which losses are scaled."""
-    return str(config.trainer.get("precision", "")) in ("16-mixed", "16", "16-true")
 
 
 def compile_encoders(config: DictConfig, module: AffectModule) -> None:
@@ -190,7 +185,6 @@ def check_sharing(config: DictConfig, module: AffectModule, trainer: pl.Trainer)
         "callbacks.qat replaces weights of the encoder": module.quantization is not None,
         "compile.encoder=true was never tried with it": bool((config.get("compile") or {}).get("encoder")),
         "trainer.sync_batchnorm=true has no effect in it": bool(config.trainer.get("sync_batchnorm")),
-        "processes would scale 16-bit gradients differently (bf16-mixed needs no scaling)": half_precision(config),
     }
     for reason, holds in refused.items():
         if holds:
