@@ -119,6 +119,11 @@ def test_what_cannot_be_compiled_is_refused(tiny_run: Make) -> None:
     on = tiny_run("compile.encoder=true", "compile.backend=eager")
     with pytest.raises(ConfigError, match=r"objective pal taps layers inside the encoder"):
         compile_encoders(on, make_module(objectives={"pal": Tapping()}))
+
+    class Outside(Objective):
+        layers = ("head",)
+
+    compile_encoders(on, make_module(objectives={"dispelling": Outside()}))
     with pytest.raises(ConfigError, match=r"compile.mode=fast"):
         compile_encoders(tiny_run("compile.encoder=true", "compile.mode=fast"), make_module())
     with pytest.raises(ConfigError, match=r"compile.backend=inducto: did you mean inductor"):

@@ -236,6 +236,12 @@ def test_earlier_stages_may_differ_in_test_part_too(sweep, config, tmp_path):
         results["made_of"]["init"] = {results["config"]["init"]: f"{number}"}
         write_json(run / "results.json", results)
     collected(sweep)
+    stage = tmp_path / "stage4" / "results.json"
+    then = read_json(stage)
+    write_json(stage, then | {"made_of": {"table": {"faces": "other labels"}, "init": {}}})
+    with pytest.raises(ConfigError, match=r"only seed and test part may differ .* in init; "):
+        collected(sweep)
+    write_json(stage, then)
     change(tmp_path / "stage4", trainer__max_epochs=7)
     with pytest.raises(ConfigError, match=r"only seed and test part may differ .* in init; "):
         collected(sweep)
