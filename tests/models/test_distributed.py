@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from affect.losses import Concordance
-from tests.models.two_processes import SIZE, STEPS, make_batch, make_module, take
+from affect.models.sharding import clip_norm, gathered_together
+from tests.models.two_processes import SIZE, STEPS, make_batch, make_module, make_thin, take
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +89,67 @@ def test_files_of_a_shared_out_run_hold_whole_weights(found: dict[str, dict[str,
     last = torch.load(folder / "world2" / "2.ckpt", weights_only=True)["state_dict"]
     for name, value in found["world2-rank0"]["shared out"]["weights"].items():
         assert torch.equal(last[name], value), name
+
+
+def test_two_shared_out_encoders_train_as_copies_do(found: dict[str, dict[str, Any]]) -> None:
+    """THIN, whose second encoder is frozen; memory order, rates by depth and 16 bits as in any other run."""
+    first, second = (found[name]["two encoders"] for name in ("world2-rank0", "world2-rank1"))
+    copies, shared = first["copies"][0], first["shared out"][0]
+    learnt = [name for name in shared if name.startswith("encoder.model.conv1.")]
+    assert learnt
+    start = make_thin().release_state()
+    assert min(float((shared[name] - start[name]).abs().max()) for name in learnt) > 1e-4
+    assert _far({k: v.double() for k, v in shared.items()}, {k: v.double() for k, v in copies.items()}) < 1e-4
+    frozen = [name for name in shared if name.startswith("exogenous.")]
+    assert frozen
+    assert all(torch.equal(shared[name], start[name]) for name in frozen)
+    parameters = [name for name, _ in make_thin().named_parameters()]
+    assert all(torch.equal(shared[name], second["shared out"][0][name]) for name in parameters)
+    half = first["half precision"][0]
+    assert all(value.isfinite().all() and value.dtype == shared[name].dtype for name, value in half.items())
+    assert any(not torch.equal(half[name], shared[name]) for name in learnt)
+
+
+def test_a_shared_out_run_that_a_signal_stopped_is_continued_exactly(found: dict[str, dict[str, Any]]) -> None:
+    """One process gets the signal, both leave; losses of the epoch are those of both processes."""
+    for name in ("world2-rank0", "world2-rank1"):
+        ran = found[name]["two encoders"]
+        assert ran["signal"] == signal.SIGUSR2
+        (whole, history), (continued, told) = ran["shared out"], ran["continued"]
+        parameters = [key for key, _ in make_thin().named_parameters()]
+        assert all(torch.equal(continued[key], whole[key]) for key in parameters)
+        assert [epoch["epoch"] for epoch in told] == [0, 1]
+        for then, now in zip(history, told, strict=True):
+            assert now == pytest.approx(then, nan_ok=True)
+    whole, continued = (found["world2-rank0"]["two encoders"][case][0] for case in ("shared out", "continued"))
+    assert all(torch.equal(continued[key], value) for key, value in whole.items()), "running statistics too"
+    assert re.search(r"last\.ckpt: cannot be read \(", found["world2-rank1"]["two encoders"]["damaged"])
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "largest"),
+    [("resnet50", 10, 0.3), ("vit_base_patch16_224", 12, 0.1), ("convnext_base", 32, 0.1)],
+)
+def test_blocks_of_common_encoders_are_gathered_one_by_one(name: str, blocks: int, largest: float) -> None:
+    """The last two stages of ResNet-50, all of a ViT, the last two of ConvNeXt; and large layers beside blocks."""
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0)
+    found = gathered_together(network)
+    numbers = list(found.values())
+    assert list(found)[-1] is network
+    assert sum(numbers) == sum(parameter.numel() for parameter in network.parameters())
+    assert len(numbers) - 1 == blocks
+    assert min(numbers[:-1]) >= 1_000_000
+    assert max(numbers) < largest * sum(numbers)
+
+
+def test_gradients_that_nobody_has_are_not_clipped() -> None:
+    with_one, without = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    clip_norm([without], 0.1)
+    with_one.grad = torch.tensor([3.0, 4.0])
+    clip_norm([with_one, without], 1.0)
+    assert without.grad is None
+    torch.testing.assert_close(with_one.grad, torch.tensor([0.6, 0.8]), rtol=0, atol=1e-5)
 
 
 def test_concordance_is_averaged_over_the_parts_of_each_process(found: dict[str, dict[str, Any]]) -> None:

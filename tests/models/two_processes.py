@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -22,11 +23,14 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from affect import losses, metrics, tasks
-from affect.callbacks.checkpoint import AtomicCheckpointIO, BestWeights
+from affect.callbacks import LAST, AtomicCheckpointIO, BestWeights, History, Preempted, Preemption
 from affect.data.batch import FaceBatch
 from affect.data.sampling import OrderedSampler
+from affect.encoders import TimmEncoder
+from affect.errors import CheckpointError
 from affect.models.baseline import Baseline
 from affect.models.sharding import FullyShardedStrategy
+from affect.models.thin import ExogenousStream, Thin
 
 STEPS, SIZE, ODD = 4, 8, 21
 """Training steps, samples of a step over all processes, samples of the validation, which no even number divides."""
@@ -64,7 +68,7 @@ def make_module(concordance: bool = False) -> Baseline:
     return Baseline(made, Encoder(), optimizer=functools.partial(torch.optim.SGD, lr=0.5))  # type: ignore[arg-type]
 
 
-def make_batch(size: int, seed: int, one_side: bool = False) -> FaceBatch:
+def make_batch(size: int, seed: int, one_side: bool = False, side: int = 16) -> FaceBatch:
     """Return faces with random labels; where ``one_side``, only samples of even number have valence and arousal."""
     generator = torch.Generator().manual_seed(seed)
     kind = torch.randint(3, (size,), generator=generator)
@@ -80,7 +84,7 @@ def make_batch(size: int, seed: int, one_side: bool = False) -> FaceBatch:
     if one_side:
         masks["valence_arousal"][0::2] = True
         masks["valence_arousal"][1::2] = False
-    image = torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     return FaceBatch(image=image, targets=targets, masks=masks)
 
 
@@ -102,10 +106,9 @@ def make_trainer(folder: Path, world: int, strategy: Any = "ddp", **arguments: A
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        **arguments,
+        **({"enable_checkpointing": False} | arguments),
     )
 
 
@@ -155,6 +158,104 @@ def shared_out(folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"weights": weights, "continued": continued, "shared out": kept}
 
 
+class Resumable(Loader):
+    """The batches of an epoch; a continued one starts behind what was trained, as the data module's loader does."""
+
+    trainer: pl.Trainer
+    start = (0, 0)
+
+    def __iter__(self) -> Any:
+        epoch, batch = self.start
+        return iter(self[batch if epoch == self.trainer.current_epoch else 0 :])
+
+    def state_dict(self) -> dict[str, int]:
+        loop = self.trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed
+        whole = done >= len(self)
+        return {"epoch": loop.epoch_progress.current.processed + whole, "batch": 0 if whole else done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = (state["epoch"], state["batch"])
+
+
+class Signalled(pl.Callback):
+    """Sends the second process a signal before the third batch."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 0 and batch_idx == 2 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def make_thin() -> Thin:
+    """Return THIN: an encoder with batch norm that learns, and a frozen one that runs without gradients."""
+    torch.manual_seed(0)
+    task = tasks.Expression(
+        classes=["neutral", "happiness", "sadness"], loss=losses.CrossEntropy(), metrics=[metrics.Classification()]
+    )
+    task.metrics[0].bind(task.outputs)
+    ours, theirs = (TimmEncoder("test_resnet", image_size=64, output="map") for _ in range(2))
+    return Thin(
+        {"expression": task},
+        ours,
+        exogenous=ExogenousStream(theirs, classes=4, hidden=(8,), random=True),
+        experts=4,
+        hidden=(8,),
+        layer_decay=0.8,
+        channels_last=True,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9),  # type: ignore[arg-type]
+    )
+
+
+def thin(
+    folder: Path, rank: int, strategy: Any, *callbacks: pl.Callback, precision: Any = "32-true"
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Train THIN by two processes, from ``last.ckpt`` where there is one, and return weights and history."""
+    module, history = make_thin(), History()
+    batches = Resumable(take(make_batch(SIZE, seed, side=64), slice(rank, None, 2)) for seed in range(6))
+    whole = make_batch(ODD, 99, side=64)
+    odd = Loader(take(whole, key.positions) for key in OrderedSampler(ODD, 4, rank, 2))
+    callbacks = (history, *callbacks, Preemption(folder))
+    trainer = batches.trainer = make_trainer(
+        folder,
+        2,
+        strategy,
+        max_epochs=2,
+        precision=precision,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+        callbacks=list(callbacks),
+        enable_checkpointing=True,
+    )
+    last = folder / LAST
+    trainer.fit(module, batches, odd, ckpt_path=str(last) if last.is_file() else None)
+    if module.shards is not None:
+        assert not trainer.fit_loop.epoch_loop.val_loop.inference_mode
+        module.shards.gather(module)
+        assert not any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    return {name: value.clone() for name, value in module.release_state().items()}, history.epochs
+
+
+def two_encoders(folder: Path, rank: int) -> dict[str, Any]:
+    """Train THIN as copies, shared out, and shared out but stopped by a signal and continued."""
+    strategy = functools.partial(FullyShardedStrategy, minimum_parameters=10_000, process_group_backend="gloo")
+    found: dict[str, Any] = {"copies": thin(folder / "copies", rank, "ddp")}
+    found["shared out"] = thin(folder / "shared", rank, strategy())
+    found["half precision"] = thin(folder / "half", rank, strategy(), precision="bf16-mixed")
+    try:
+        thin(folder / "stopped", rank, strategy(), Signalled())
+    except Preempted as stop:
+        found["signal"] = stop.signum
+    found["continued"] = thin(folder / "stopped", rank, strategy())
+    torch.distributed.barrier()
+    (folder / "damaged").mkdir(exist_ok=True)
+    (folder / "damaged" / LAST).write_bytes(b"no checkpoint")
+    try:
+        thin(folder / "damaged", rank, strategy())
+    except CheckpointError as error:
+        found["damaged"] = str(error)
+    return found
+
+
 def validated(folder: Path, rank: int, world: int) -> dict[str, float]:
     """Return what the validation of an odd number of samples logs, shared out as the data module does."""
     module, whole = make_module(), make_batch(ODD, 99)
@@ -178,6 +279,8 @@ def work(rank: int, folder: str, world: int) -> None:
         "validation": validated(path, rank, world),
         "shared out": shared_out(path, rank, world),
     }
+    if world > 1:
+        found["two encoders"] = two_encoders(path / "thin", rank)
     torch.save(found, path / f"world{world}-rank{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
