@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+from affect.callbacks import Preempted
 from affect.commands import configuration, rerun, train
 from affect.commands.run_folder import note_start
 from affect.errors import ConfigError, DataError
@@ -50,6 +53,24 @@ def test_the_same_run_gives_the_same_numbers_in_a_new_folder(run, capsys):
     assert told["compared"] == sum(map(len, then["metrics"].values())) > 0
     assert f"all {told['compared']} numbers are those of then" in capsys.readouterr().out
     assert str(run.parent / "run") not in json.dumps(now["config"]["callbacks"])
+
+
+def test_a_signal_is_obeyed_as_in_the_first_run(run, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(train, "train", lambda config, output: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        again(run)
+    assert "SIGTERM: state saved; the same command continues the run" in capsys.readouterr().err
+
+
+def test_runs_of_several_processes_keep_how_their_encoders_were_shared_out(run, tmp_path):
+    sharing = configuration.compose("train", [*QUICK, "trainer=fsdp"]).trainer.strategy
+    results = read_json(run / "results.json")
+    results["config"]["trainer"]["strategy"] = dict(sharing)
+    results["config_keys"] = [key for key, _ in configuration.leaves(results["config"])]
+    config, notes = rerun.stored_config(rerun.in_order(results, run), tmp_path / "new")
+    assert config.trainer.strategy == sharing
+    assert notes == []
 
 
 def test_keys_keep_their_order_although_json_sorts_them(run):
