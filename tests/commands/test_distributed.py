@@ -16,10 +16,13 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning.plugins.environments import LightningEnvironment, SLURMEnvironment
+from pytorch_lightning.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
 from affect.commands import distributed, train
+from affect.commands.acceleration import check_sharing
 from affect.errors import ConfigError
+from affect.models.sharding import FullyShardedStrategy
 from tests.conftest import SMALL
 
 EXTENSION = Path(__file__).parents[1] / "cluster" / "extension" / "conf"
@@ -163,6 +166,7 @@ def test_shared_out_encoders_train_to_the_weights_of_copies(sweeps: dict[str, Pa
         (("callbacks=[default,qat]",), "replaces weights"),
         (("compile.encoder=true",), "never tried"),
         (("trainer.sync_batchnorm=true",), "no effect"),
+        (("trainer.precision=16-mixed",), "precision='16-mixed'"),
     ],
 )
 def test_what_does_not_go_with_shared_out_encoders_is_refused(
@@ -171,3 +175,19 @@ def test_what_does_not_go_with_shared_out_encoders_is_refused(
     with pytest.raises(ConfigError, match=reason) as caught:
         train.run(tiny_run("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1", *settings))
     assert "\n" not in str(caught.value)
+
+
+def test_strategies_that_write_parts_of_weights_are_refused(tiny_run: Callable[..., DictConfig]) -> None:
+    trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ConfigError, match=r"parts of weights; use trainer=fsdp"):
+        check_sharing(tiny_run(), None, trainer)  # type: ignore[arg-type]
+
+
+def test_encoders_without_weights_are_not_shared_out(tiny_run: Callable[..., DictConfig]) -> None:
+    """Those of DeCaFA, say, whose networks work on pixels."""
+    trainer: Any = SimpleNamespace(strategy=FullyShardedStrategy(), callbacks=[])
+    module: Any = SimpleNamespace(
+        objectives={}, quantization=None, encoder_modules=lambda: iter([("encoder", torch.nn.Identity())])
+    )
+    with pytest.raises(ConfigError, match="no encoder with weights to share out"):
+        check_sharing(tiny_run("trainer=fsdp"), module, trainer)
