@@ -192,12 +192,15 @@ def test_a_candidate_takes_the_place_of_the_network_in_its_model() -> None:
 
 def test_the_best_candidate_becomes_the_network() -> None:
     network = layers(8, 12, 10, 6, 4)
-    kept = network[2]
+    kept, before = network[2], {name: tuple(value.shape) for name, value in network.state_dict().items()}
     report = Archtree(0.5, timer="macs", criterion="l2", round_to=1, final_steps=0)(network, Data(example=X))
     assert network[2] is kept
     assert report.totals["after"] <= report.totals["budget"] == pytest.approx(0.5 * report.totals["before"])
     assert mac_latency(network, X, 1).median == pytest.approx(report.totals["after"])
-    assert {record.name for record in report.layers if "now" in record.note} >= {"0", "2"}
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    changed = {name.removesuffix(".weight") for name in shapes if shapes[name] != before[name] and "weight" in name}
+    assert changed
+    assert {record.name for record in report.layers if "now" in record.note} == changed
     assert network(X).shape == (1, 4)
 
 
