@@ -167,7 +167,17 @@ def test_the_layer_that_is_blamed_is_the_one_that_was_rounded() -> None:
 
 
 METHODS = {path.stem: OmegaConf.load(path)[path.stem] for path in (config_directory() / "compression").glob("*.yaml")}
-FEW = {"steps": 4, "rounds": 1, "tune_steps": 1, "final_steps": 1, "batches": 1, "runs": 2, "beam": 1, "children": 1}
+FEW = {
+    "steps": 4,
+    "rounds": 1,
+    "tune_steps": 1,
+    "final_steps": 1,
+    "batches": 1,
+    "runs": 2,
+    "beam": 1,
+    "children": 1,
+    "timer": "macs",
+}
 """What makes methods short, where they have it."""
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from affect import losses, metrics, optimization, tasks
+from affect.commands.configuration import config_directory
 from affect.data.batch import FaceBatch
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
@@ -88,8 +90,10 @@ def test_an_all_masked_batch_has_a_zero_gradient(mixing):
     assert all((g == 0).all() for g in gradients)
 
 
-def test_smoothing_reaches_the_loss_but_not_the_cells():
-    plain, smooth = make(kept=None), make(make_task(target=tasks.UniformSmoothing(0.4)), kept=None)
+@pytest.mark.parametrize("mixing", ["bound", "mixture"])
+def test_smoothing_reaches_the_loss_but_not_the_cells(mixing):
+    plain = make(kept=None, mixing=mixing)
+    smooth = make(make_task(target=tasks.UniformSmoothing(0.4)), kept=None, mixing=mixing)
     batch = make_batch(missing=0.0)
     for model in (plain, smooth):
         model.eval()
@@ -326,11 +330,20 @@ class TestRobinHood:
         with pytest.raises(ConfigError, match="fit"):
             tasks.RobinHood()(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
-    @pytest.mark.parametrize(
-        "loss",
-        [losses.BinaryCrossEntropy(), losses.Dice(), losses.Dice(per_sample=True), losses.Asymmetric()],
-        ids=lambda loss: type(loss).__name__,
+    LOSSES = (
+        losses.BinaryCrossEntropy(),
+        losses.Dice(),
+        losses.Dice(per_sample=True),
+        losses.Asymmetric(),
+        losses.Combined({"bce": losses.BinaryCrossEntropy(), "dice": losses.Dice(per_sample=True)}),
     )
+
+    def test_every_loss_of_action_units_is_listed(self):
+        files = (config_directory() / "loss").glob("*.yaml")
+        offered = {str(OmegaConf.load(file)["_target_"]).rpartition(".")[2] for file in files}
+        assert offered <= {type(loss).__name__ for loss in self.LOSSES}
+
+    @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
     def test_it_reaches_every_loss_of_action_units(self, fitted, loss):
         from affect.models.baseline import Baseline
 
