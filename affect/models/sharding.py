@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,18 @@ class Shards:
         self.mesh, self.minimum_parameters = mesh, minimum_parameters
         self._plain: dict[str, nn.Module] = {}
 
-    def share_out(self, module: LightningModule, names: Iterator[tuple[str, nn.Module]]) -> None:
+    def share_out(self, module: LightningModule, encoders: Iterable[tuple[str, nn.Module]]) -> None:
         """Share out the encoders; all processes begin with the weights of the first, as DDP has it.
 
         Args:
             module: The model.
-            names: Its encoders by name, ``AffectModule.encoder_modules``.
+            encoders: Its encoders by name, ``AffectModule.encoder_modules``.
         """
         if self._plain:
             return
-        encoders = dict(names)
+        by_name = dict(encoders)
         self._broadcast([*module.parameters(), *module.buffers()])
-        for name, encoder in encoders.items():
+        for name, encoder in by_name.items():
             self._plain[name] = _without_weights(encoder)
             share_out(encoder, self.mesh, self.minimum_parameters)
 
