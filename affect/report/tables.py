@@ -45,7 +45,7 @@ def results_table(
     tasks = list(dict.fromkeys(score.task for score in scores))
     counts = _count_headings(scores)
     table = _table(title)
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", overflow="fold")
     for heading in ("value", INTERVAL, "constant", *counts):
         table.add_column(heading, justify="right", no_wrap=True)
     for task in tasks:
@@ -218,7 +218,7 @@ def reference_table(reference: Mapping[str, Any], records: Sequence[Record], tit
     heading = title or f"Reference: {reference.get('paper')}, table {reference.get('table')}"
     table = _table(heading)
     values = reference.get("values") or {}
-    table.add_column("metric", no_wrap=True)
+    table.add_column("metric", overflow="fold")
     table.add_column("here", justify="right", no_wrap=True)
     table.add_column(f"reference ({confidence})", justify="right", no_wrap=True)
     if not values:
