@@ -13,7 +13,7 @@ from affect.encoders import Pixels
 from affect.errors import ConfigError, near
 from affect.losses.base import Terms
 from affect.metrics import AlignmentError
-from affect.models.base import AffectModule, Batch
+from affect.models.base import AffectModule, Batch, held_out
 from affect.models.decafa.network import FUSION, Attention, Cascade, Chain, Fusion, StageOutput
 from affect.models.decafa.reading import spread
 from affect.tasks import Task, to_fractions, to_pixels
@@ -134,8 +134,7 @@ class Decafa(AffectModule):
         """Return the loss of each scheme, summed over stages with their weights; counts are those of one stage."""
         total: dict[str, Terms] = {}
         for weight, output in zip(self.stage_weights, self.run(batch), strict=True):
-            if weight == 0:
-                continue
+            # Stages of weight 0 take part too: processes that train together wait for a gradient of every weight.
             for name, term in self.task_terms(self.represent(output), batch).items():
                 before = total[name].sum if name in total else 0.0
                 total[name] = Terms(before + weight * term.sum, term.count)
@@ -164,7 +163,7 @@ class Decafa(AffectModule):
             its point (root of its variance) as a share of the crop's width, over labelled points; and ``points``, how
             many these are.
         """
-        batches = next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+        batches = held_out(loader)
         told = super().examine(loader)
         if batches is None:
             return told

@@ -103,6 +103,24 @@ def test_the_last_stage_alone_still_trains_the_first_one():
     assert first.transfer["5"].weight.grad.abs().max() > 0, "through the attention"
 
 
+@pytest.mark.parametrize("known", [{"98": range(4)}, {"5": [0]}, {}], ids=["98", "5", "none"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"chain": "separate", "detached": True},
+        {"chain": "mixture", "attention": "fine"},
+        {"chain": "separate", "fusion": ["image", "features"], "stage_weights": "last"},
+        {"detached": True, "stage_weights": [0, 1]},
+    ],
+)
+def test_every_weight_has_a_gradient_whatever_is_labelled_and_left_out(arguments, known):
+    """It may be 0. Without it processes that train together would wait for each other, or stop with an error."""
+    model = make(**arguments)
+    total(model.training_terms(make_batch(known=known))).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
 def test_a_batch_of_one_scheme_leaves_the_heads_of_the_others_alone():
     """Separate heads without attention: nothing but its own loss reaches a head. This is one dataset per batch."""
     model = make(chain="separate", fusion=["image", "features"])
