@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from affect import labels
 from affect.commands import assembly
-from affect.commands.landmarks import describe_provider, finder_maker, provider_name, read_provider
+from affect.commands.landmarks import describe_provider, finder_maker, landmark_task, provider_name, read_provider
 from affect.commands.prepared import read_arguments, reader_code, recipe_words, stored_recipes, train_command
 from affect.data import prepare
 from affect.data.prepare import Work
@@ -103,6 +105,7 @@ def with_landmarks(recipe: CropRecipe, config: DictConfig) -> tuple[CropRecipe, 
 
     Raises:
         ConfigError: If the name is unknown, or a checkpoint is missing, is not asked for, or holds something else.
+        DataError: If the recipe aligns by points that the model's scheme does not have.
     """
     asked = str(recipe.provider if config.landmarks is None else config.landmarks)
     if asked in (*FINDERS, OWN):
@@ -112,6 +115,9 @@ def with_landmarks(recipe: CropRecipe, config: DictConfig) -> tuple[CropRecipe, 
             )
         return dataclasses.replace(recipe, provider=asked), None
     release = read_provider(asked, config.checkpoint, list(config.trust))
+    if recipe.needs == "landmarks":  # points that say too little are no surprise of the first face
+        count = labels.SCHEMES[landmark_task(release)[1]].points
+        recipe.usable(points=np.zeros((1, count, 2)))
     return dataclasses.replace(recipe, provider=provider_name(release)), release
 
 

@@ -22,11 +22,12 @@ from affect.data.batch import FaceBatch
 from affect.data.faces import FaceDials, FaceImages
 from affect.data.layouts.common import write_image
 from affect.data.table import FaceTable
-from affect.encoders import TimmEncoder
+from affect.encoders import Pixels, TimmEncoder
 from affect.errors import CheckpointError, ConfigError
-from affect.geometry import CropRecipe, FaceDetector, FaceObservation, TwoStageFinder, transform_points
+from affect.geometry import CropRecipe, FaceDetector, FaceObservation, TwoStageFinder, invert, transform_points
 from affect.geometry.providers import Detection, mean_face
 from affect.models.baseline import Baseline
+from affect.models.decafa import Decafa
 from affect.release import read_release, write_release
 from affect.tasks import AUOccurrence, Landmarks
 from tests.commands.test_prepare import sources
@@ -153,12 +154,54 @@ def test_prepare_looks_with_a_checkpoint_and_training_finds_its_crops(
     assert wanted == f"prepare.provider={provider}"
 
 
+def write_decafa(folder: Path) -> Path:
+    """Write a release of a small DeCaFA of three schemes, whose weights are random."""
+    torch.manual_seed(0)
+    schemes, encoder = ("98", "68", "5"), {"image_size": SIZE, "grey": True}
+    settings = {"stages": 2, "widths": [4, 6], "convolutions": 1, "skips": True, "temperature": 0.02}
+    module = Decafa({f"landmarks_{s}": Landmarks(s) for s in schemes}, Pixels(**encoder), **settings)
+    node = {"_target_": "affect.models.decafa.Decafa", "encoder": {"_target_": "affect.encoders.Pixels", **encoder}}
+    tasks = {f"landmarks_{s}": {"_target_": "affect.tasks.Landmarks", "scheme": s} for s in schemes}
+    names = {name: task.outputs for name, task in module.tasks.items()}
+    preprocess = {"recipe": RECIPE.describe(), "image_size": SIZE, "points": {"68": MEAN.tolist()}}
+    config = {"task": tasks, "model": node | settings}
+    write_release(folder, module.release_state(), config, names, preprocess, {}, "card")
+    return folder
+
+
+def test_prepare_looks_with_decafa_at_many_faces_at_once(
+    delivered: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, table = write_decafa(tmp_path / "decafa"), delivered / "labels.arrow"
+    keys = ["dataset=table", f"dataset.table={table}", "prepare=similarity49_200", "workers=0"]
+    seen: list[int] = []
+    step = Decafa.predict_step
+    monkeypatch.setattr(Decafa, "predict_step", lambda own, batch: seen.append(len(batch.image)) or step(own, batch))
+    assert main(["prepare", *keys, "landmarks=decafa", f"checkpoint={checkpoint}"]) == 0
+    capsys.readouterr()
+    (folder,) = (path.parent for path in tmp_path.rglob("recipe.json"))
+    described = json.loads((folder / "recipe.json").read_text())
+    assert re.fullmatch(r"decafa-[0-9a-f]{12}", described["recipe"]["provider"])
+    assert described["models"]["provider"].startswith("affect.models.decafa.Decafa, scheme 68, sha256 ")
+    (source,) = sources(*keys[:3], f"prepare.provider={described['recipe']['provider']}")
+    rows = np.flatnonzero(source.table.strings("face")[0] == "found")
+    assert seen[0] >= len(rows) >= 4
+    assert seen == [seen[0]] * 2, "one batch of all faces in each of two passes"
+    # Points of the crops, back in pixels of the images, are those that the model says of each image alone.
+    back = invert(source.table.numbers("crop_matrix", rows)[0].reshape(-1, 2, 3))
+    found = transform_points(back, source.table.numbers("landmarks_68", rows)[0].reshape(-1, 68, 2))
+    finder = landmarks.checkpoint_finder(checkpoint)
+    images = FaceImages(FaceDials(image_size=64, subjects=3), 3).read(rows)
+    alone = np.stack([finder.find(image)[0].points for image in images])
+    np.testing.assert_allclose(found, alone, atol=0.05)
+
+
 def test_what_does_not_fit_is_said_in_one_line(
     model: Path, delivered: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     start = ["prepare", "dataset=table", f"dataset.table={delivered / 'labels.arrow'}", "workers=0"]
     table = [*start, "prepare=similarity49_200"]
-    pointless = write_model(tmp_path / "pointless", ())
+    pointless, five = write_model(tmp_path / "pointless", ()), write_model(tmp_path / "five", ("5",))
     for words, message in (
         ([*table, "landmarks=decafa"], "checkpoint=<run or release>"),
         ([*table, "landmarks=facapi"], "did you mean faceapi"),
@@ -166,12 +209,14 @@ def test_what_does_not_fit_is_said_in_one_line(
         ([*table, "landmarks=faceapi", f"checkpoint={model}"], "is not used by landmarks=faceapi"),
         ([*table, "landmarks=baseline", f"checkpoint={pointless}"], "give a checkpoint with a landmarks task"),
         ([*table, "landmarks=baseline", "checkpoint=nowhere"], "no such folder"),
+        ([*table, "landmarks=baseline", f"checkpoint={five}"], "from 5 landmarks; use points=eyes_mouth_5"),
         ([*table, "prepare.provider=baseline-0123456789ab", f"checkpoint={model}"], "landmarks=baseline-0123456789ab"),
     ):
         assert main(words) == 2, words
         said = " ".join(capsys.readouterr().err.split())
         assert message in said, said
         assert "Traceback" not in said
+    assert not list(tmp_path.rglob("recipe.json")), "it is said before anything is written"
 
 
 def test_own_boxes_need_no_landmarks(model: Path) -> None:
