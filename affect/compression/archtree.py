@@ -25,17 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_choices, check_counts, check_parts
 from affect.compression.base import Data
-from affect.compression.pruning import (
-    CRITERIA,
-    PruningGraph,
-    layer_sizes,
-    pruned_records,
-    relevance,
-    weight_bytes,
-)
+from affect.compression.pruning import HEADS, PruningGraph, Scoring, layer_sizes, pruned_records, weight_bytes
 from affect.compression.report import Report, count_macs
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "Archtree",
@@ -522,22 +516,12 @@ class Archtree:
         heads: str = "dims",
         protect: Sequence[str] = (),
     ) -> None:
-        for key, value, choices in (
-            ("timer", timer, TIMERS),
-            ("criterion", criterion, CRITERIA),
-            ("mode", mode, ("layer", "exact")),
-            ("normalise", normalise, ("none", "mean")),
-            ("heads", heads, ("dims", "whole", "none")),
-        ):
-            if value not in choices:
-                raise ConfigError(f"compression.{self.name}.{key}={value}: {near(str(value), choices)}")
-        for key, part in {"latency": latency, "step": step, "most": most}.items():
-            if not 0 < float(part) < 1:
-                raise ConfigError(f"compression.{self.name}.{key}={part}: a part, above 0 and below 1")
-        counts = {"beam": beam, "children": children, "steps": steps, "batches": batches, "round_to": round_to}
-        for key, count in {**counts, "batch": batch, "threads": threads}.items():
-            if int(count) < 1:
-                raise ConfigError(f"compression.{self.name}.{key}={count}: at least 1")
+        self.scoring = Scoring(criterion, mode, int(steps), batches=int(batches))
+        self.scoring.check(self.name)
+        check_choices(self.name, timer=(timer, TIMERS), normalise=(normalise, ("none", "mean")), heads=(heads, HEADS))
+        check_parts(self.name, latency=latency, step=step, most=most)
+        counts = {"beam": beam, "children": children, "round_to": round_to, "batch": batch, "threads": threads}
+        check_counts(self.name, **counts)
         if int(runs) < 2:
             raise ConfigError(f"compression.{self.name}.runs={runs}: at least 2, 30 for a median that can be trusted")
         if milliseconds is not None and not (float(milliseconds) > 0 and timer == "onnxruntime"):
@@ -547,14 +531,13 @@ class Archtree:
             )
         self.latency, self.milliseconds, self.timer = float(latency), milliseconds, timer
         self.beam, self.children, self.step = int(beam), int(children), float(step)
-        self.criterion, self.mode, self.steps, self.batches = criterion, mode, int(steps), int(batches)
+        self.criterion = criterion
         self.normalise, self.rescore = normalise, bool(rescore)
         self.round_to, self.most, self.batch, self.runs = int(round_to), float(most), int(batch), int(runs)
         self.threads, self.tune_steps, self.final_steps = int(threads), int(tune_steps), int(final_steps)
         self.heads, self.protect = heads, tuple(protect)
-        scored = () if criterion in ("l1", "l2") else ("losses",)
         trained = self.tune_steps or self.final_steps
-        self.needs: tuple[str, ...] = (*scored, *(("train",) if trained else ()))
+        self.needs: tuple[str, ...] = (*self.scoring.needs, *(("train",) if trained else ()))
 
     def prepare(self, network: nn.Module, data: Data) -> None:
         """Nothing is needed of the untouched network."""
@@ -575,7 +558,7 @@ class Archtree:
         if not graph.groups:
             why = "; ".join(f"{name} {reason}" for name, reason in list(graph.left.items())[:3])
             raise ConfigError(f"compression={self.name}: no channels can be removed of this network: {why}")
-        raw = self._relevance(graph, data)
+        raw = self.scoring(graph, data.losses)
         means = {n: float(s.mean().clamp_min(1e-300)) if self.normalise == "mean" else 1.0 for n, s in raw.items()}
 
         def put_rest(one: Candidate) -> None:
@@ -592,7 +575,7 @@ class Archtree:
                     network.eval()
                     one.rest = None if data.remember is None else data.remember()
                 if self.rescore:
-                    found = self._relevance(build(network), data)
+                    found = self.scoring(build(network), data.losses)
                     one.scores = {**one.scores, **{n: s / means[n] for n, s in found.items()}}
 
         def judge(one: Candidate) -> float:
@@ -630,9 +613,6 @@ class Archtree:
             network.eval()
         after = timer(network, example)  # again: of several that were measured, a lucky one may have been taken
         return self._report(network, widths, sizes, before, after, budget, search, found)
-
-    def _relevance(self, graph: PruningGraph, data: Data) -> dict[str, Tensor]:
-        return relevance(graph, data.losses, self.criterion, self.mode, self.steps, batches=self.batches)
 
     def _report(
         self,

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices, check_counts, check_range
 from affect.compression.base import Data, quantizable
 from affect.compression.channels import Channels
 from affect.compression.report import LayerRecord, Report, signal_to_noise
 from affect.compression.rounding import distance, order_of_use, unit_samples
 from affect.compression.stored import CodebookWeight, StoredWeight
 from affect.compression.uniform import compressed_layer, current_weight, edge_layers, put_weight, round_to_grid
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "JLCM",
@@ -440,17 +441,12 @@ class JLCM:
         protect: Sequence[str] = (),
     ) -> None:
         where = f"compression.{self.name}"
-        for key, value, known in (("variant", variant, VARIANTS), ("gradient", gradient, GRADIENTS)):
-            if value not in known:
-                raise ConfigError(f"{where}.{key}={value}: {near(value, known)}")
-        for key, number, least, most in (("bits", bits, 1, 8), ("edge_bits", edge_bits, 2, 8)):
-            if number is not None and not least <= int(number) <= most:
-                raise ConfigError(f"{where}.{key}={number}: from {least} to {most}")
+        check_choices(self.name, variant=(variant, VARIANTS), gradient=(gradient, GRADIENTS))
+        check_range(self.name, 1, 8, {"bits": bits})
+        check_bits(self.name, edge_bits=edge_bits)
+        check_counts(self.name, groups=groups, batch_size=batch_size, neighbours=neighbours)
         if int(entry_bits) not in (16, 32):
             raise ConfigError(f"{where}.entry_bits={entry_bits}: 16 or 32")
-        for key, amount in (("groups", groups), ("batch_size", batch_size), ("neighbours", neighbours)):
-            if int(amount) < 1:
-                raise ConfigError(f"{where}.{key}={amount}: 1 or more")
         for key, rest in (("steps", steps), ("rate", rate), ("codebook_rate", codebook_rate), ("epsilon", epsilon)):
             if not float(rest) >= 0:
                 raise ConfigError(f"{where}.{key}={rest}: 0 or more")

@@ -21,6 +21,7 @@ import torch
 from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices, check_range
 from affect.compression.base import Data, quantizable
 from affect.compression.layers import InputGrid
 from affect.compression.report import Report
@@ -332,19 +333,12 @@ class PowerQuantization:
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
     ) -> None:
-        where = f"compression.{self.name}"
-        for key, value in (("bits", bits), ("input_bits", input_bits), ("edge_bits", edge_bits)):
-            if value is not None and not 2 <= int(value) <= 8:
-                raise ConfigError(f"{where}.{key}={value}: from 2 to 8")
+        check_bits(self.name, bits=bits, input_bits=input_bits, edge_bits=edge_bits)
+        check_choices(self.name, search=(search, ("network", "layer")), solver=(solver, SOLVERS))
+        check_range(self.name, *BOUNDS, {"start": start})
         for key, number in (("exponent", exponent), ("input_exponent", input_exponent), ("norm", norm)):
             if number is not None and not float(number) > 0:
-                raise ConfigError(f"{where}.{key}={number}: a positive number")
-        if search not in ("network", "layer"):
-            raise ConfigError(f"{where}.search={search}: {near(search, ('network', 'layer'))}")
-        if solver not in SOLVERS:
-            raise ConfigError(f"{where}.solver={solver}: {near(solver, SOLVERS)}")
-        if not BOUNDS[0] <= float(start) <= BOUNDS[1]:
-            raise ConfigError(f"{where}.start={start}: from {BOUNDS[0]} to {BOUNDS[1]}")
+                raise ConfigError(f"compression.{self.name}.{key}={number}: a positive number")
         self.bits, self.input_bits, self.per_channel = int(bits), input_bits, bool(per_channel)
         self.exponent, self.input_exponent = exponent, input_exponent
         self.search, self.solver, self.start, self.norm = search, solver, float(start), float(norm)

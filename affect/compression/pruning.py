@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_choices, check_counts, check_parts
 from affect.compression.base import Data
 from affect.compression.layers import LAYERS
 from affect.compression.report import LayerRecord, Report, count_macs
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "CRITERIA",
@@ -35,6 +36,7 @@ __all__ = [
     "Gate",
     "PruningGraph",
     "SInGE",
+    "Scoring",
     "ablations",
     "gated",
     "integrated_gradients",
@@ -49,6 +51,8 @@ __all__ = [
 ]
 
 CRITERIA = ("singe", "taylor", "gradient", "l1", "l2")
+BUDGETS = ("macs", "parameters", "channels")
+HEADS = ("dims", "whole", "none")
 Losses = Callable[[], Iterable[Tensor]]
 
 
@@ -517,6 +521,44 @@ def relevance(
     }
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How units are scored: the arguments of ``relevance`` beside what it looks at."""
+
+    criterion: str = "singe"
+    mode: str = "layer"
+    steps: int = 8
+    path: str = "midpoint"
+    mu: float = 0.7
+    absolute: str = "batch"
+    batches: int = 4
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of ``Data`` that it needs."""
+        return () if self.criterion in ("l1", "l2") else ("losses",)
+
+    def check(self, method: str) -> None:
+        """Refuse arguments that make no sense.
+
+        Raises:
+            ConfigError: With the key.
+        """
+        check_choices(
+            method,
+            criterion=(self.criterion, CRITERIA),
+            mode=(self.mode, ("layer", "exact")),
+            path=(self.path, ("midpoint", "geometric")),
+            absolute=(self.absolute, ("batch", "mean")),
+        )
+        check_parts(method, mu=self.mu)
+        check_counts(method, steps=self.steps, batches=self.batches)
+
+    def __call__(self, graph: PruningGraph, losses: Losses | None) -> dict[str, Tensor]:
+        """Return the relevance of each unit, by name of its group."""
+        return relevance(graph, losses, **vars(self))
+
+
 def _gradient_magnitudes(graph: PruningGraph, losses: Losses, batches: int | None) -> dict[str, Tensor]:
     """Return squared norms of the mean gradient of each unit's weights."""
     parameters = list(graph.network.parameters())
@@ -646,59 +688,28 @@ class SInGE:
         heads: str = "dims",
         protect: Sequence[str] = (),
     ) -> None:
-        choices = {
-            "budget": (budget, ("macs", "parameters", "channels")),
-            "criterion": (criterion, CRITERIA),
-            "mode": (mode, ("layer", "exact")),
-            "path": (path, ("midpoint", "geometric")),
-            "absolute": (absolute, ("batch", "mean")),
-            "normalise": (normalise, ("mean", "cost", "none")),
-            "heads": (heads, ("dims", "whole", "none")),
-        }
-        for key, (value, known) in choices.items():
-            if value not in known:
-                raise ConfigError(f"compression.{self.name}.{key}={value}: {near(str(value), known)}")
-        parts = {"ratio": ratio, "mu": mu, "most": most}
-        for key, part in parts.items():
-            if not 0 < float(part) < 1:
-                raise ConfigError(f"compression.{self.name}.{key}={part}: a part, above 0 and below 1")
-        for key, count in {"steps": steps, "batches": batches, "rounds": rounds, "round_to": round_to}.items():
-            if int(count) < 1:
-                raise ConfigError(f"compression.{self.name}.{key}={count}: at least 1")
-        self.ratio, self.budget, self.criterion, self.mode = float(ratio), budget, criterion, mode
-        self.steps, self.path, self.mu, self.absolute = int(steps), path, float(mu), absolute
-        self.batches, self.rounds = int(batches), int(rounds)
+        self.scoring = Scoring(criterion, mode, int(steps), path, float(mu), absolute, int(batches))
+        self.scoring.check(self.name)
+        check_choices(
+            self.name, budget=(budget, BUDGETS), normalise=(normalise, ("mean", "cost", "none")), heads=(heads, HEADS)
+        )
+        check_parts(self.name, ratio=ratio, most=most)
+        check_counts(self.name, rounds=rounds, round_to=round_to)
+        self.ratio, self.budget, self.rounds = float(ratio), budget, int(rounds)
         self.tune_steps, self.final_steps = int(tune_steps), int(final_steps)
         self.normalise, self.round_to, self.most, self.heads = normalise, int(round_to), float(most), heads
         self.protect = tuple(protect)
-        scored = () if criterion in ("l1", "l2") else ("losses",)
-        self.needs: tuple[str, ...] = (*scored, *(("train",) if self.tune_steps or self.final_steps else ()))
+        trained = self.tune_steps or self.final_steps
+        self.needs: tuple[str, ...] = (*self.scoring.needs, *(("train",) if trained else ()))
 
     def prepare(self, network: nn.Module, data: Data) -> None:
         """Nothing is needed of the untouched network."""
 
-    def scores(self, graph: PruningGraph, data: Data) -> dict[str, Tensor]:
-        """Return the relevance of each unit."""
-        return relevance(
-            graph,
-            data.losses,
-            self.criterion,
-            self.mode,
-            self.steps,
-            self.path,
-            self.mu,
-            self.absolute,
-            self.batches,
-        )
-
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Prune and train in turn."""
         assert data.example is not None
-        settings = {
-            key: getattr(self, key)
-            for key in ("ratio", "budget", "criterion", "mode", "steps", "path", "rounds", "tune_steps", "final_steps")
-        }
-        report = Report(self.name, settings)
+        keys = ("ratio", "budget", "rounds", "tune_steps", "final_steps", "normalise")
+        report = Report(self.name, {**{key: getattr(self, key) for key in keys}, **vars(self.scoring)})
         sizes = {n: weight_bytes(layer) for n, layer in network.named_modules()}
         widths = {n: layer_sizes(layer) for n, layer in network.named_modules()}
         graph = PruningGraph(network, data.example, self.protect, self.heads)
@@ -712,7 +723,14 @@ class SInGE:
             graph = PruningGraph(network, data.example, self.protect, self.heads) if k else graph
             target = start * (1 - self.ratio * (k + 1) / self.rounds)
             removed = select_units(
-                graph, self.scores(graph, data), target, self.budget, self.normalise, self.round_to, self.most, whole
+                graph,
+                self.scoring(graph, data.losses),
+                target,
+                self.budget,
+                self.normalise,
+                self.round_to,
+                self.most,
+                whole,
             )
             graph.prune(removed)
             if self.tune_steps and data.train is not None:

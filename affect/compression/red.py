@@ -24,13 +24,14 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_choices
 from affect.compression.base import Data, quantizable, relative_error
 from affect.compression.channels import Channels, Family
 from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.report import LayerRecord, Report, count_macs, signal_to_noise
 from affect.compression.stored import CodebookWeight, SplitWeight, StoredWeight
 from affect.compression.uniform import compressed_layer, current_weight, edge_layers, watched_inputs
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "RED",
@@ -451,9 +452,7 @@ class RED:
         protect: Sequence[str] = (),
     ) -> None:
         where = f"compression.{self.name}"
-        for key, value, known in (("rule", rule, RULES), ("schedule", schedule, SCHEDULES), ("store", store, STORES)):
-            if value not in known:
-                raise ConfigError(f"{where}.{key}={value}: {near(value, known)}")
+        check_choices(self.name, rule=(rule, RULES), schedule=(schedule, SCHEDULES), store=(store, STORES))
         if not float(bandwidth) >= 0:
             raise ConfigError(f"{where}.bandwidth={bandwidth}: 0 or more")
         if limit is not None and not float(limit) > 0:

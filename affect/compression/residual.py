@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices, check_counts, check_range
 from affect.compression.base import Data, quantizable, relative_error
 from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.power import put_measured_inputs
@@ -33,7 +34,7 @@ from affect.compression.uniform import (
     put_weight,
     round_to_grid,
 )
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "Ensemble",
@@ -131,7 +132,7 @@ def expand_stored(
     covered = 0.0
     for _ in range(orders - 1):
         kept = kept_rows(left, share)
-        if kept is not None and len(kept) == 0:
+        if (kept is not None and len(kept) == 0) or not left.any():  # nothing to cover, or nothing left over
             break
         term = round_to_grid(left if kept is None else left[kept], bits)
         left = left - term() if kept is None else left.index_add(0, kept, -term())
@@ -319,19 +320,12 @@ class ResidualExpansion:
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
     ) -> None:
-        where = f"compression.{self.name}"
-        for key, value in (("bits", bits), ("input_bits", input_bits), ("edge_bits", edge_bits)):
-            if value is not None and not 2 <= int(value) <= 8:
-                raise ConfigError(f"{where}.{key}={value}: from 2 to 8")
-        for key, value in (("orders", orders), ("input_orders", input_orders)):
-            if int(value) < 1:
-                raise ConfigError(f"{where}.{key}={value}: 1 or more")
-        if not 0 <= float(share) <= 1:
-            raise ConfigError(f"{where}.share={share}: from 0 to 1")
-        if budget not in BUDGETS:
-            raise ConfigError(f"{where}.budget={budget}: {near(budget, BUDGETS)}")
+        check_bits(self.name, bits=bits, input_bits=input_bits, edge_bits=edge_bits)
+        check_counts(self.name, orders=orders, input_orders=input_orders)
+        check_range(self.name, 0, 1, {"share": share})
+        check_choices(self.name, budget=(budget, BUDGETS))
         if input_bits is None and int(input_orders) > 1:
-            raise ConfigError(f"{where}.input_orders={input_orders}: needs input_bits")
+            raise ConfigError(f"compression.{self.name}.input_orders={input_orders}: needs input_bits")
         self.bits, self.orders, self.share, self.budget = int(bits), int(orders), float(share), budget
         self.input_bits, self.input_orders = input_bits, int(input_orders)
         self.edge_bits, self.protect = edge_bits, tuple(protect)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices, check_range
 from affect.compression.base import Data, quantizable
 from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.packing import pack
@@ -534,25 +535,16 @@ class GradientRounding:
         edge_bits: int | None,
         protect: Sequence[str],
     ) -> None:
-        where = f"compression.{self.name}"
         chosen = {"variable": variable, "grid": grid, "loss": loss, "unit": unit, "inputs": inputs}
-        for key, value in {**chosen, "optimizer": schedule.optimizer}.items():
-            if value not in CHOICES[key]:
-                raise ConfigError(f"{where}.{key}={value}: {near(value, CHOICES[key])}")
+        chosen["optimizer"] = schedule.optimizer
+        check_choices(self.name, **{key: (value, CHOICES[key]) for key, value in chosen.items()})
         extra = {f"layer_bits.{layer}": value for layer, value in (layer_bits or {}).items()}
-        for key, number in {"bits": bits, "edge_bits": edge_bits, **extra}.items():
-            if number is not None and not 2 <= int(number) <= 8:
-                raise ConfigError(f"{where}.{key}={number}: from 2 to 8")
-        for key in ("steps", "batch_size", "rate"):
-            if not getattr(schedule, key) > 0:
-                raise ConfigError(f"{where}.{key}={getattr(schedule, key)}: more than 0")
-        for key, share in (("mix", mix), ("warm_start", schedule.warm_start)):
-            if not 0 <= share <= 1:
-                raise ConfigError(f"{where}.{key}={share}: from 0 to 1")
-        if exponent is not None and not EXPONENTS[0] <= float(exponent) <= EXPONENTS[1]:
-            raise ConfigError(f"{where}.exponent={exponent}: from {EXPONENTS[0]} to {EXPONENTS[1]}")
-        if not memory > 0:
-            raise ConfigError(f"{where}.memory={memory}: GiB, more than 0")
+        check_bits(self.name, bits=bits, edge_bits=edge_bits, **extra)
+        check_range(self.name, 0, 1, {"mix": mix, "warm_start": schedule.warm_start})
+        check_range(self.name, *EXPONENTS, {"exponent": exponent})
+        for key, number in {"memory": memory, **vars(schedule)}.items():
+            if key in ("memory", "steps", "batch_size", "rate") and not number > 0:
+                raise ConfigError(f"compression.{self.name}.{key}={number}: more than 0")
         self.bits, self.grid, self.exponent, self.per_channel = int(bits), grid, exponent, bool(per_channel)
         self.variable, self.learn_exponent, self.learn_scale = variable, bool(learn_exponent), bool(learn_scale)
         self.loss, self.unit, self.inputs, self.mix, self.schedule = loss, unit, inputs, float(mix), schedule
@@ -579,8 +571,9 @@ class GradientRounding:
                 fresh[name] = layer.weight.detach()
             elif not isinstance(layer.stored, GridWeight):
                 raise ConfigError(
-                    f"compression.{self.name}: {name} has codes on no grid, which rounding cannot change: "
-                    f"protect=[{name}], or leave out the method before"
+                    f"compression.{self.name}: {name} has codes on no grid ({type(layer.stored).__name__}), which "
+                    "cannot be learned: after red set compression.red.store=floats, or put uniform or powerquant in "
+                    f"between; else leave out the method before, or protect=[{name}]"
                 )
             elif layer.floats is None:
                 raise ConfigError(

@@ -24,6 +24,7 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices, check_counts
 from affect.compression.base import Data, quantizable, relative_error
 from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.packing import packed_bytes
@@ -468,23 +469,20 @@ class SAfER:
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
     ) -> None:
-        if criterion not in CRITERIA:
-            raise ConfigError(f"compression.{self.name}.criterion={criterion}: {near(str(criterion), CRITERIA)}")
+        check_choices(self.name, criterion=(criterion, CRITERIA))
         for family in compare:
             if family not in FAMILIES:
                 raise ConfigError(f"compression.{self.name}.compare=[{family}]: {near(str(family), FAMILIES)}")
-        for key, value in (("input_bits", input_bits), ("edge_bits", edge_bits), *(("choices", c) for c in choices)):
-            if value is not None and not (float(value).is_integer() and 2 <= int(value) <= 8):
-                raise ConfigError(f"compression.{self.name}.{key}={value}: from 2 to 8")
+        check_bits(self.name, input_bits=input_bits, edge_bits=edge_bits)
+        for number in choices:
+            check_bits(self.name, choices=number)
+        check_counts(self.name, batches=batches, steps=steps, samples=samples, draws=draws)
         if len(set(choices)) < 2:
             raise ConfigError(f"compression.{self.name}.choices={list(choices)}: at least two, or take uniform")
         if kilobytes is None and not min(choices) <= float(bits) <= max(choices):
             raise ConfigError(f"compression.{self.name}.bits={bits}: within choices={sorted(choices)}")
         if kilobytes is not None and float(kilobytes) <= 0:
             raise ConfigError(f"compression.{self.name}.kilobytes={kilobytes}: above 0")
-        for key, count in {"batches": batches, "steps": steps, "samples": samples, "draws": draws}.items():
-            if int(count) < 1:
-                raise ConfigError(f"compression.{self.name}.{key}={count}: at least 1")
         self.bits, self.kilobytes, self.choices = float(bits), kilobytes, sorted({int(one) for one in choices})
         self.criterion, self.batches, self.steps, self.samples = criterion, int(batches), int(steps), int(samples)
         self.compare, self.draws, self.input_bits = tuple(compare), int(draws), input_bits

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_range
 from affect.compression.base import Data, quantizable
 from affect.compression.graph import MEANS, Graph, Step, record
 from affect.compression.layers import CompressedConv2d, CompressedLinear, InputGrid
@@ -312,12 +313,8 @@ class SPIQ:
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
     ) -> None:
-        for key, value in (("input_bits", input_bits), ("edge_bits", edge_bits)):
-            if value is not None and not 2 <= int(value) <= 8:
-                raise ConfigError(f"compression.{self.name}.{key}={value}: from 2 to 8")
-        for key, share in (("alpha", alpha), ("correlation", correlation)):
-            if not 0 <= float(share) <= 1:
-                raise ConfigError(f"compression.{self.name}.{key}={share}: from 0 to 1")
+        check_bits(self.name, input_bits=input_bits, edge_bits=edge_bits)
+        check_range(self.name, 0, 1, {"alpha": alpha, "correlation": correlation})
         if reach is not None and not float(reach) > 0:
             raise ConfigError(f"compression.{self.name}.reach={reach}: must be positive")
         self.input_bits, self.reach, self.alpha = int(input_bits), reach, float(alpha)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits, check_choices
 from affect.compression.base import Data, quantizable
 from affect.compression.power import put_measured_inputs
 from affect.compression.report import Report
@@ -29,7 +30,7 @@ from affect.compression.uniform import (
     put_weight,
     round_to_grid,
 )
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError
 
 __all__ = [
     "MassQuantization",
@@ -176,14 +177,10 @@ class _Ternary:
         edge_bits: int | None,
         protect: Sequence[str],
     ) -> None:
-        where = f"compression.{self.name}"
-        for key, value in (("input_bits", input_bits), ("edge_bits", edge_bits)):
-            if value is not None and not 2 <= int(value) <= 8:
-                raise ConfigError(f"{where}.{key}={value}: from 2 to 8")
+        check_bits(self.name, input_bits=input_bits, edge_bits=edge_bits)
+        check_choices(self.name, scale=(scale, ("recomputed", "learned")))
         if int(steps) < 0:
-            raise ConfigError(f"{where}.steps={steps}: 0 or more")
-        if scale not in ("recomputed", "learned"):
-            raise ConfigError(f"{where}.scale={scale}: {near(scale, ('recomputed', 'learned'))}")
+            raise ConfigError(f"compression.{self.name}.steps={steps}: 0 or more")
         self.input_bits, self.per_channel = input_bits, bool(per_channel)
         self.steps, self.scale = int(steps), scale
         self.edge_bits, self.protect = edge_bits, tuple(protect)
@@ -309,10 +306,7 @@ class MassQuantization(_Ternary):
         protect: Sequence[str] = (),
     ) -> None:
         super().__init__(input_bits, per_channel, steps, scale, edge_bits, protect)
-        if reference not in REFERENCES:
-            raise ConfigError(f"compression.{self.name}.reference={reference}: {near(reference, REFERENCES)}")
-        if level not in LEVELS:
-            raise ConfigError(f"compression.{self.name}.level={level}: {near(level, LEVELS)}")
+        check_choices(self.name, reference=(reference, REFERENCES), level=(level, LEVELS))
         self.reference, self.level = reference, level
 
     def bins(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from affect.compression.arguments import check_bits
 from affect.compression.base import Data, quantizable
 from affect.compression.layers import CompressedConv2d, CompressedLinear, InputGrid
 from affect.compression.report import LayerRecord, Report, signal_to_noise
@@ -207,9 +208,7 @@ class UniformQuantization:
         edge_bits: int | None = 8,
         protect: Sequence[str] = (),
     ) -> None:
-        for key, value in (("bits", bits), ("input_bits", input_bits), ("edge_bits", edge_bits)):
-            if value is not None and not 2 <= int(value) <= 8:
-                raise ConfigError(f"compression.{self.name}.{key}={value}: from 2 to 8")
+        check_bits(self.name, bits=bits, input_bits=input_bits, edge_bits=edge_bits)
         self.bits, self.input_bits, self.per_channel = int(bits), input_bits, bool(per_channel)
         self.edge_bits, self.protect = edge_bits, tuple(protect)
         self.needs: tuple[str, ...] = () if input_bits is None else ("images",)

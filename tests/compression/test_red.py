@@ -16,6 +16,8 @@ from affect.compression.base import Data, relative_error, run_chain
 from affect.compression.channels import Channels
 from affect.compression.folding import BatchNormFolding
 from affect.compression.layers import CompressedConv2d, baked
+from affect.compression.nupes import Nupes
+from affect.compression.power import PowerQuantization
 from affect.compression.red import (
     RED,
     average_near,
@@ -30,6 +32,7 @@ from affect.compression.red import (
     split_weight,
 )
 from affect.compression.report import count_macs, stored_size
+from affect.compression.residual import ResidualExpansion
 from affect.compression.rounding import AdaRound
 from affect.compression.spiq import SPIQ
 from affect.compression.stored import CodebookWeight, SplitWeight, build_weight, weight_node
@@ -540,8 +543,9 @@ def test_what_may_follow(trained: tuple[Digits, Tensor]) -> None:
     assert chain.errors[-1] < 0.5
     chain = run_chain(copy.deepcopy(trained[0]), [RED(store="floats"), AdaRound(steps=3)], data, images)
     assert chain.errors[-1] < 0.5
-    with pytest.raises(ConfigError, match="codes on no grid"):
-        run_chain(copy.deepcopy(trained[0]), [RED(store="codebook"), AdaRound(steps=3)], data, images)
+    for method in (AdaRound(steps=3), Nupes(steps=3), Nupes(data_free=True)):
+        with pytest.raises(ConfigError, match=r"codes on no grid \(CodebookWeight\).*compression\.red\.store=floats"):
+            run_chain(copy.deepcopy(trained[0]), [RED(store="codebook"), method], data, images)
     torch.manual_seed(0)
     faces = shake_norms(FaceNet((1, 1)))
     plant(faces, IMAGES.float())
@@ -551,6 +555,35 @@ def test_what_may_follow(trained: tuple[Digits, Tensor]) -> None:
     assert chain.reports[2].totals["static"] > 0
     assert chain.reports[2].totals["floats"] > 0  # those whose channels are not those that SPIQ read
     assert chain.errors[-1] < 0.1
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_codes_and_exponents_are_learned_of_what_merging_left(trained: tuple[Digits, Tensor], between: bool) -> None:
+    """NUPES refines the weights that RED hashed and merged: from PowerQuant's codes of them, or from its own."""
+    network, images = copy.deepcopy(trained[0]), trained[1]
+    data = Data(images=[images[:64], images[64:128]])
+    settings = {"bits": 3, "exponent": 0.7, "edge_bits": None}
+    nearest = PowerQuantization(**settings)
+    learned = Nupes(**settings, steps=80, batch_size=32, rate=3e-2)
+    merging = RED(bandwidth=1e-6, edges=True, store="smallest" if between else "floats")
+    chain = run_chain(network, [merging, nearest, learned] if between else [merging, learned], data, images)
+    plain = run_chain(copy.deepcopy(trained[0]), [merging, nearest], data, images)
+    assert chain.reports[0].totals["merged"] == 10
+    assert (len(network.first.stored()), network.head.in_features) == (8, 10 * 16)
+    assert chain.errors[-1] < 0.9 * plain.errors[-1]
+    assert chain.reports[-1].totals["moved"] > 0
+    original = copy.deepcopy(trained[0])
+    apply_structure(original, json.loads(json.dumps(structure(original, network))), network.state_dict(), "config.yaml")
+    original.load_state_dict(network.state_dict())
+    assert torch.equal(original(images), network(images))
+
+
+def test_nothing_is_expanded_where_codebooks_hold_all(trained: tuple[Digits, Tensor]) -> None:
+    network, images = copy.deepcopy(trained[0]), trained[1]
+    chain = run_chain(network, [RED(bandwidth=0.05, store="codebook"), ResidualExpansion(bits=4)], Data(), images)
+    held = [{one.name: one.bytes_after for one in report.layers} for report in chain.reports]
+    assert held[0] == held[1]
+    assert chain.errors[0] == chain.errors[1]
 
 
 def test_norms_that_are_not_folded_are_told() -> None:
