@@ -26,6 +26,40 @@ SMALL = (
 )
 """Overrides of a run of seconds on the built-in faces."""
 
+FACES = (
+    "encoder.image_size=32",
+    "dataset.count=60",
+    "dataset.dials.subjects=12",
+    "dataset.dials.image_size=48",
+    "task=[au,expression,valence_arousal]",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "callbacks.progress=null",
+    "data.num_workers=0",
+    "protocol.test=2",
+    "bootstrap.resamples=0",
+    "logger=none",
+)
+"""Overrides of a run on built-in faces that is finished and tested, with a class, a regression and units."""
+
+
+@pytest.fixture(scope="session")
+def trained_faces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that trains on 60 built-in faces and gives the folder of the run; the cache lies beside it."""
+    from affect.commands import figures, train
+    from affect.commands.configuration import compose as compose_config
+
+    def make(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("faces") / "run"
+        paths = (f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "write_run_figures", lambda *arguments: None)
+            train.run(compose_config("train", [*FACES, *paths, *overrides]))
+        return folder
+
+    return make
+
 
 @pytest.fixture
 def compose() -> Callable[..., DictConfig]:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "callbacks": {"models", "tasks", "data.batch", "quantization"},
     "compression": set(),
     "release": {"labels", "tasks", "encoders", "models", "geometry", "compression", "quantization"},
-    "foreign": {"labels", "tasks", "models", "geometry", "release"},
+    "foreign": {"labels", "tasks", "models", "geometry", "release", "compression"},
     "export": {"tasks", "models", "foreign", "data.batch"},
     "report": {"labels", "metrics"},
     "commands": None,

@@ -30,6 +30,7 @@ from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.report import count_macs, stored_size, table
 from affect.compression.structure import replace_layer, structure
 from affect.compression.uniform import current_weight
+from affect.data.batch import FaceBatch
 from affect.data.datamodule import FaceDataModule
 from affect.data.protocol import TRAIN, VALIDATION
 from affect.errors import ConfigError, near
@@ -81,6 +82,7 @@ def run(config: DictConfig) -> None:
     if not encoders:
         raise ConfigError(f"a {type(module).__name__} has no encoder that could be compressed")
     image, shown = parity_faces(release.preprocess)
+    require_losses(transforms, module, folder)
     expected = predicted(module, image)
     before = {"bytes": stored_size(module), "macs": model_macs(module, image)}
     images = None
@@ -141,6 +143,20 @@ def build_transforms(config: DictConfig) -> list[Transform]:
     return [assembly.make(node, f"compression.{name}") for name, node in nodes.items()]
 
 
+def require_losses(transforms: Sequence[Transform], module: AffectModule, folder: Path) -> None:
+    """Refuse methods that need the losses of a model that has none.
+
+    Raises:
+        ConfigError: With the method, and where losses are.
+    """
+    asking = next((one.name for one in transforms if {"losses", "train", "score"} & set(one.needs)), None)
+    if asking is not None and not module.losses:
+        raise ConfigError(
+            f"compression={asking} needs the losses that the model was trained with, which {folder} does not hold: "
+            "give checkpoint=<folder of the run>, or compress with this method first"
+        )
+
+
 def require_free_of_others(out: Path, force: bool) -> None:
     """Refuse a folder that holds anything but a compressed release that is to be replaced."""
     if force and out.is_dir():
@@ -197,7 +213,7 @@ def encoder_data(config: DictConfig, module: AffectModule, encoder: nn.Module, s
     return Data(
         images=batches,
         losses=partial(training_losses, module, source) if labelled else None,
-        train=partial(fine_tune, module, source, config) if labelled else None,
+        train=partial(fine_tune, module, training_batches(source), config) if labelled else None,
         score=partial(validation_score, module, source) if labelled and len(source.part_rows(VALIDATION)) else None,
         remember=partial(remember_rest, module, encoder),
         seed=int(config.seed),
@@ -244,7 +260,18 @@ def remember_rest(module: AffectModule, encoder: nn.Module) -> Callable[[], None
     return put_back
 
 
-def fine_tune(module: AffectModule, source: FaceDataModule, config: DictConfig, steps: int) -> None:
+def training_batches(source: FaceDataModule) -> Iterator[FaceBatch]:
+    """Yield the batches of one training epoch after the other, without end.
+
+    Methods train in short bursts: each goes on where the last one ended, or all of them would see the first batches.
+    """
+    loader = source.train_dataloader()
+    for epoch in itertools.count():
+        loader.order.set_epoch(epoch)
+        yield from loader
+
+
+def fine_tune(module: AffectModule, batches: Iterator[FaceBatch], config: DictConfig, steps: int) -> None:
     """Train the model in place for a number of steps, as its run did but at one small rate."""
     kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     chosen = str(config.training.optimizer)
@@ -265,7 +292,7 @@ def fine_tune(module: AffectModule, source: FaceDataModule, config: DictConfig, 
     module.train()
     with warnings.catch_warnings():  # it is not validated here, on purpose, at every one of many short trainings
         warnings.filterwarnings("ignore", message=".*`validation_step` but have no `val_dataloader`.*")
-        trainer.fit(module, train_dataloaders=source.train_dataloader())
+        trainer.fit(module, train_dataloaders=itertools.islice(batches, steps))
     module.cpu().eval()
 
 

@@ -76,7 +76,7 @@ def run(folder: Path, overrides: Sequence[str], batch_size: int = 1, seconds: fl
         compress.run(config)
         made = read_release(Path(config.out), trust)
         module = build_model(made, build_tasks(made))
-        multiplied = decoded(module)
+        multiplied = baked(module)
         predictor, content = multiplied, export.onnx_bytes(multiplied, size, list(tasks))
     elif library == ONNX_RUNTIME:
         batches = (batch.image.numpy() for batch in source.part_dataloader(TRAIN, int(config.data.images)))
@@ -123,13 +123,6 @@ def cell_config(folder: Path, overrides: Sequence[str]) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config.out, config.force = str(folder / RELEASE), True
     return config
-
-
-def decoded(module: AffectModule) -> AffectModule:
-    """Return a copy of a compressed model whose codes are decoded once."""
-    made = baked(module)
-    assert isinstance(made, AffectModule)
-    return made
 
 
 def scored(predictor: Predictor, source: FaceDataModule) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from affect.commands.predictor import prediction_recipe
 from affect.commands.release import describe_training, run_results
 from affect.commands.run_folder import CONFIG, RESULTS
 from affect.commands.train import quiet
-from affect.compression.layers import baked
+from affect.compression.layers import InputGrid, baked
 from affect.data.batch import FaceBatch
 from affect.data.images import read_image
 from affect.data.protocol import TRAIN, hashed_people
@@ -80,7 +80,9 @@ def run(config: DictConfig) -> None:
             content = export.quantize(plain, batches, reduced, export.nodes_outside(plain, encoder_names(module)))
         content = export.with_metadata(content, texts, note)
         found = export.program_values(content, tasks, image)
-    int8 = form == export.ONNX_INT8 or learnt
+    # An input at the edge of two levels goes to either, so single values may differ wherever inputs are rounded.
+    rounded = any(isinstance(layer, InputGrid) for layer in ready.modules())
+    int8 = form == export.ONNX_INT8 or learnt or rounded
     parity = export.differences(expected, found, tasks)
     console.print(parity_table(parity, f"{form} against the model on {shown}"))
     refused = export.refusal(parity, int8, config.tolerance)

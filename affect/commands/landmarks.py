@@ -19,14 +19,15 @@ import torch
 from affect.commands.predictor import POINTS, points_in_crops, prediction_recipe
 from affect.data.batch import FaceBatch
 from affect.errors import CheckpointError, ConfigError, near
+from affect.foreign.opening import build_inference_model
 from affect.geometry import CropLandmarks, FaceDetector, FaceFinder, TwoStageFinder
 from affect.geometry.providers import FINDERS, build_detector
 from affect.models.base import AffectModule
-from affect.release import CONFIG, MODEL, Release, build_model, build_tasks, read_release
+from affect.release import CONFIG, MODEL, Release, build_tasks, read_release
 from affect.tasks import Task
 
 TYPICAL_FACES = 256
-"""Faces that these positions are the mean of."""
+"""Faces of each source that these positions are the mean of, at most."""
 
 SCHEMES = ("68", "98", "5")
 """Schemes that crops are aligned by: the first of them that a checkpoint predicts is provided."""
@@ -111,7 +112,7 @@ def landmark_provider(
         module: Its model where it is built already.
     """
     name, scheme = landmark_task(release)
-    built = build_model(release, build_tasks(release)) if module is None else module
+    built = build_inference_model(release, build_tasks(release)) if module is None else module
     predict = functools.partial(predict_points, built.eval().to(device), name)
     typical = points_in_crops(release.preprocess).get(scheme)
     return CropLandmarks(predict, prediction_recipe(release.preprocess), scheme, typical, passes, batch_size)

@@ -24,8 +24,9 @@ from affect.data.sampling import OrderedSampler
 from affect.data.table import FaceTable
 from affect.data.transforms import FaceTransform
 from affect.errors import ConfigError, DataError
+from affect.foreign.opening import build_inference_model
 from affect.geometry import CropRecipe
-from affect.release import PREPROCESS, build_model, build_tasks, read_plain, read_release
+from affect.release import PREPROCESS, build_tasks, read_plain, read_release
 from affect.report.submission import (
     FALLBACK,
     TRACKS,
@@ -172,7 +173,7 @@ def predict_frames(config: DictConfig, frames: Frames) -> FaceTable:
     recipe = None if trained is None else CropRecipe.read({**described, "size": size})  # type: ignore[dict-item]
     source = Source("affwild2", table, FileImages(table, root), group="image", recipe=recipe)
     tasks = build_tasks(release)
-    module = build_model(release, build_tasks(release))
+    module = build_inference_model(release, build_tasks(release))
     dataset = FaceDataset([source], [np.arange(len(table))], {}, FaceTransform(size=size))
     loader: DataLoader = DataLoader(
         dataset,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from affect.compression.stored import StoredWeight, build_weight, weight_node
 
 __all__ = ["LAYERS", "CompressedConv2d", "CompressedLinear", "InputGrid", "Replacing", "WithoutNorm", "baked"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @runtime_checkable
@@ -325,8 +327,8 @@ LAYERS: dict[str, Any] = {
 """Layers by the name that a file has for them."""
 
 
-def baked(network: nn.Module) -> nn.Module:
-    """Return a copy whose stored weights are decoded once: the same numbers, ordinary speed; for measuring and export.
+def baked(network: Network) -> Network:
+    """Return a copy whose stored weights are decoded once: the same numbers, ordinary speed; to predict and to export.
 
     Grids of inputs stay, since they round what comes in.
     """

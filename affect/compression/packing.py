@@ -52,8 +52,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if packed.numel() != packed_bytes(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {packed.numel()}")
-    if bits == 8:
-        return packed.flatten().to(torch.int16)
+    if 8 % bits == 0:  # whole codes in a byte
+        starts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.flatten()[:, None] >> starts) & (2**bits - 1)).flatten()[:count].to(torch.int16)
     if count > PIECE:
         pieces = packed.flatten().split(PIECE * bits // 8)
         return torch.cat([unpack(part, bits, min(PIECE, count - k * PIECE)) for k, part in enumerate(pieces)])

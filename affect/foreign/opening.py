@@ -11,12 +11,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from affect.compression.layers import baked
 from affect.errors import CheckpointError, ConfigError
 from affect.foreign.adapter import Adapter
 from affect.foreign.packaged import PackagedModule, PackagedRelease, read_packaged
 from affect.foreign.program import Program, ProgramModule, read_program
-from affect.models.base import Batch
-from affect.release import FILES, Release, build_model, read_release
+from affect.models.base import AffectModule, Batch
+from affect.release import COMPRESSION, FILES, Release, build_model, read_release
 from affect.tasks import Task
 
 HUB, PACKAGE = "hf-hub:", "packaged:"
@@ -132,4 +133,14 @@ def build_predictor(release: Release, tasks: Mapping[str, Task]) -> Predictor:
         return ProgramModule(release.content, tasks, str(release.file), release.adapter)
     if isinstance(release, PackagedRelease):
         return PackagedModule(release.network, tasks)
-    return build_model(release, tasks)
+    return build_inference_model(release, tasks)
+
+
+def build_inference_model(release: Release, tasks: Mapping[str, Task]) -> AffectModule:
+    """Return the model of a release to predict with: codes of a compressed one are decoded once, not at every batch.
+
+    Raises:
+        CheckpointError: If it does not build.
+    """
+    module = build_model(release, tasks)
+    return baked(module) if COMPRESSION in release.config else module

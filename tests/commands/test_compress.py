@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from affect.commands import compress, evaluate, export, figures, train
+from affect import export as formats
+from affect.commands import compress, evaluate, export
+from affect.commands.configuration import compose as compose_config
 from affect.commands.configuration import config_directory
 from affect.commands.export import parity_faces, predicted
 from affect.commands.main import main
@@ -25,7 +29,9 @@ from affect.compression.folding import BatchNormFolding
 from affect.compression.report import Report
 from affect.compression.spiq import SPIQ
 from affect.compression.uniform import current_weight, put_weight, round_to_grid
+from affect.data.batch import FaceBatch
 from affect.errors import ConfigError
+from affect.foreign import build_predictor
 from affect.release import build_model, build_tasks, read_release
 from tests.compression.networks import FaceNet, shake_norms
 
@@ -33,23 +39,18 @@ Compose = Callable[..., DictConfig]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run with batch norms on built-in faces, with a class, a regression and units."""
-    from affect.commands.configuration import compose
+def run(trained_faces: Callable[..., Path]) -> Path:
+    """Return a finished run with batch norms."""
+    return trained_faces("encoder=timm", "encoder.name=test_resnet")
 
-    folder = tmp_path_factory.mktemp("compressed") / "run"
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
-    overrides = [
-        "encoder=timm", "encoder.name=test_resnet", "encoder.image_size=32", "dataset.count=60",
-        "dataset.dials.subjects=12", "dataset.dials.image_size=48", "task=[au,expression,valence_arousal]",
-        "trainer.max_epochs=1", "trainer.accelerator=cpu", "data.num_workers=0", "logger=none", "protocol.test=2",
-        "callbacks.progress=null", "trainer.enable_progress_bar=false", "bootstrap.resamples=0",
-        f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}",
-    ]  # fmt: skip
-    train.run(compose("train", overrides))
-    monkeypatch.undo()
-    return folder
+
+@pytest.fixture(scope="module")
+def rounded(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a release of it whose weights are codes and whose inputs are rounded, far from the run's folder."""
+    out = tmp_path_factory.mktemp("rounded") / "release"
+    settings = ("compression=[bn_folding,uniform]", "compression.uniform.bits=4", "compression.uniform.input_bits=8")
+    compress.run(compose_config("compress", [f"checkpoint={run}", f"out={out}", *settings, "data.images=16"]))
+    return out
 
 
 def compressed(compose: Compose, run: Path, out: Path, methods: str, *overrides: str) -> dict:
@@ -76,6 +77,79 @@ def test_folding_changes_nothing_and_heads_stay_as_they_are(compose: Compose, ru
     assert heads
     assert all(torch.equal(before[name], after[name]) for name in heads)
     assert written["after"]["bytes"] < written["before"]["bytes"]
+
+
+def test_what_predicts_decodes_weights_once_and_not_at_every_batch(rounded: Path) -> None:
+    release = read_release(rounded)
+    image, _ = parity_faces(release.preprocess)
+    kept, made = build_model(release, build_tasks(release)), build_predictor(release, build_tasks(release))
+    stored = [[m for m in one.modules() if getattr(m, "stored", None) is not None] for one in (kept, made)]
+    assert stored[0]
+    assert not stored[1]
+    found = predicted(made, image)
+    for name, value in predicted(kept, image).items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("inputs", ["rounded", "floats"])
+def test_files_of_rounded_inputs_are_judged_by_means(
+    inputs: str, compose: Compose, run: Path, rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An input at the edge of two levels goes to either, so single values may differ by a whole step."""
+    asked = []
+    monkeypatch.setattr(formats, "onnx_bytes", lambda *arguments: b"graph")
+    monkeypatch.setattr(formats, "with_metadata", lambda content, *arguments: content)
+    monkeypatch.setattr(formats, "program_values", lambda content, tasks, image: {})
+    monkeypatch.setattr(formats, "differences", lambda *arguments: {})
+    monkeypatch.setattr(formats, "refusal", lambda parity, int8, tolerance: asked.append(int8))
+    checkpoint = rounded if inputs == "rounded" else run
+    export.run(compose("export", f"checkpoint={checkpoint}", f"out={tmp_path / 'model.onnx'}"))
+    assert asked == [inputs == "rounded"]
+
+
+def test_methods_that_train_go_on_in_the_data_where_the_last_burst_ended(compose: Compose, run: Path) -> None:
+    config = compose("compress", f"checkpoint={run}", "data.batch_size=8")
+    release = read_release(run)
+    tasks = compress.with_losses(release, [])
+    module, source = build_model(release, tasks), compress.training_data(config, release, [], tasks)
+    ahead = list(itertools.islice(compress.training_batches(source), 12))
+    assert len(ahead) > len(source.train_dataloader())  # into the second epoch, whose draws are others
+    seen = []
+
+    def watched() -> Iterator[FaceBatch]:
+        for batch in compress.training_batches(source):
+            seen.append(batch.image)
+            yield batch
+
+    batches, before = watched(), copy.deepcopy(module.release_state())
+    for steps in (5, 7):
+        compress.fine_tune(module, batches, config, steps)
+    assert len(seen) == 12
+    assert all(torch.equal(one, other.image) for one, other in zip(seen, ahead, strict=True))
+    assert not torch.equal(seen[0], seen[5])
+    assert any(not torch.equal(value, before[name]) for name, value in module.release_state().items())
+
+
+def test_methods_that_need_losses_say_where_these_are(compose: Compose, rounded: Path, tmp_path: Path) -> None:
+    """A release does not keep them; its dataset alone does not help."""
+    with pytest.raises(ConfigError, match=r"compression=singe needs the losses.*give checkpoint=<folder of the run>"):
+        compressed(compose, rounded, tmp_path / "out", "singe", "dataset=faces")
+
+
+@pytest.mark.slow
+def test_a_release_is_compressed_further(compose: Compose, run: Path, tmp_path: Path) -> None:
+    few = ("compression.singe.rounds=1", "compression.singe.tune_steps=1", "compression.singe.final_steps=1")
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    compressed(compose, run, tmp_path / "first", "singe,bn_folding", *few)
+    compressed(compose, tmp_path / "first", twice, "uniform", "compression.uniform.bits=4")
+    compressed(compose, run, once, "singe,bn_folding,uniform", *few, "compression.uniform.bits=4")
+    expected = predictions(once)
+    for name, value in predictions(twice).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    state = read_release(twice).state
+    assert {name: tensor.shape for name, tensor in read_release(once).state.items()} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
 
 
 @pytest.mark.slow
@@ -202,6 +276,18 @@ def test_every_method_gives_a_release_that_is_evaluated(
     records = json.loads((tmp_path / "table" / "results.json").read_text(encoding="utf-8"))["metrics"]["test"]
     assert {one["task"] for one in records} >= {"au", "expression", "valence_arousal"}
     assert any(one["value"] is not None and math.isfinite(one["value"]) for one in records)
+    exported_alike(compose, out, tmp_path / "model.onnx")
+
+
+def exported_alike(compose: Compose, release: Path, path: Path) -> None:
+    """Export a compressed release, run the file with ONNX Runtime, and hold its values against the model's own."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    export.run(compose("export", f"checkpoint={release}", f"out={path}"))
+    read = read_release(release)
+    found = formats.program_values(path.read_bytes(), build_tasks(read), parity_faces(read.preprocess)[0])
+    for name, value in predictions(release).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow
@@ -235,6 +321,7 @@ def test_merged_channels_and_codebooks_are_written_packed_and_evaluated(
                 "data.num_workers=0", f"paths.cache={run.parent / 'cache'}")
     )  # fmt: skip
     assert (tmp_path / "table" / "results.json").is_file()
+    exported_alike(compose, out, tmp_path / "model.onnx")
 
 
 def test_mistakes_are_told_before_anything_is_written(

@@ -25,28 +25,9 @@ QUIET = ("data.num_workers=0", "bootstrap.resamples=10")
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run_once: Path) -> Path:
-    return tiny_run_once
-
-
-@pytest.fixture(scope="module")
-def tiny_run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(trained_faces: Callable[..., Path]) -> Path:
     """Return a finished run on built-in faces."""
-    from affect.commands.configuration import compose
-
-    folder = tmp_path_factory.mktemp("published") / "run"
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
-    overrides = [
-        "encoder=plain_convolutions", "encoder.output=vector", "encoder.image_size=32", "dataset.count=60",
-        "dataset.dials.subjects=12", "dataset.dials.image_size=48", "task=[au,expression,valence_arousal]",
-        "trainer.max_epochs=1", "trainer.accelerator=cpu", "data.num_workers=0", "logger=none", "protocol.test=2",
-        "callbacks.progress=null", "trainer.enable_progress_bar=false", "bootstrap.resamples=0",
-        f"paths.output={folder}", f"paths.cache={folder.parent / 'cache'}",
-    ]  # fmt: skip
-    train.run(compose("train", overrides))
-    monkeypatch.undo()
-    return folder
+    return trained_faces("encoder=plain_convolutions", "encoder.output=vector")
 
 
 @pytest.fixture(scope="module")
