@@ -616,7 +616,8 @@ def finish(
     }
     if any(task.landmark_scheme is not None for task in module.tasks.values()):
         # Upright crops of new photographs are cut so that points lie where they did in training.
-        preprocess[POINTS] = typical_points(module.tasks, datamodule.sample(TRAIN, TYPICAL_FACES, augment=False))
+        faces = datamodule.sample(TRAIN, TYPICAL_FACES, augment=False, each=True)
+        preprocess[POINTS] = typical_points(module.tasks, faces)
     labels = {name: list(task.outputs) for name, task in module.tasks.items()}
     plain = OmegaConf.to_container(bound, resolve=True)
     results: dict[str, Any] = {

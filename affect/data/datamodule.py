@@ -458,17 +458,23 @@ class FaceDataModule(pl.LightningDataModule):
         transform = self.train_transform if augment else self.eval_transform
         return FaceDataset(self.sources, self.part_rows(part), self.tasks, transform, self.schemes, self.seed)
 
-    def sample(self, part: str, count: int, augment: bool | None = None) -> FaceBatch:
+    def sample(self, part: str, count: int, augment: bool | None = None, each: bool = False) -> FaceBatch:
         """Return ``count`` samples, spread evenly over a part.
 
         Args:
             part: The part.
             count: Number of samples; fewer where the part is smaller.
             augment: Whether they are augmented; None does as the model sees them, augmented in training.
+            each: Take as many of each source; a small one gives next to nothing beside a large one otherwise.
         """
         dataset = self.dataset(part, augment=part == TRAIN if augment is None else augment)
-        positions = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(np.int64)
-        return dataset.batch(0, positions)
+        sizes = [len(rows) for rows in dataset.rows] if each else [len(dataset)]
+        starts = np.cumsum([0, *sizes])
+        spread_out = [
+            start + np.linspace(0, size - 1, min(count, size)).round()
+            for start, size in zip(starts[:-1], sizes, strict=True)
+        ]
+        return dataset.batch(0, np.concatenate(spread_out).astype(np.int64))
 
     # ----------------------------------------------------------------------------------------------- loaders
 

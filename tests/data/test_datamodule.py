@@ -122,6 +122,15 @@ def test_a_sample_sheet_is_spread_over_the_part():
     assert data.sample("test", 2).row.tolist() == data.part_rows("test")[0][[0, -1]].tolist()
 
 
+def test_a_sample_can_hold_as_many_faces_of_each_source():
+    data = module([source(200, "large"), source(24, "small")])
+    together, each = (data.sample("train", 5, augment=False, each=each) for each in (False, True))
+    assert np.bincount(together.source).tolist() == [4, 1]
+    assert np.bincount(each.source).tolist() == [5, 5]
+    ends = [[rows[0], rows[-1]] for rows in data.part_rows("train")]
+    assert [each.row[[k, k + 4]].tolist() for k in (0, 5)] == ends
+
+
 def test_limit_keeps_few_rows_of_each_part():
     data = module(limit=6)
     assert [data.rows(part) for part in ("train", "validation", "test", "all")] == [6] * 4
