@@ -34,6 +34,7 @@ from affect.compression.uniform import (
     largest_weights,
     put_inputs,
     put_weight,
+    require_floats,
     watched_inputs,
 )
 from affect.errors import ConfigError, near
@@ -361,6 +362,7 @@ class PowerQuantization:
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Search the exponent and round every convolution and linear layer."""
         layers = quantizable(network, self.protect)
+        require_floats(layers, self.name)
         bits = bits_by_layer(layers, self.bits, self.edge_bits)
         weights = {name: current_weight(layer) for name, layer in layers.items()}
         exponents = self.exponents(weights, bits)

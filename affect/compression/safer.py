@@ -527,7 +527,7 @@ class SAfER:
             )
             note = "" if name in edges else f"sensitivity {scores[name]:.3g}, rank {order[name]} of {len(order)}"
             record = put_weight(network, name, stored, self.name, bits, note)
-            if self.input_bits is not None:
+            if self.input_bits is not None and name in ranges:
                 record.input_bits = bits if name in edges else int(self.input_bits)
                 low, high = ranges[name]
                 put_inputs(network, name, low, high, record.input_bits)

@@ -368,9 +368,8 @@ class SPIQ:
                     absorb(network, name, ends.amin(0), ends.amax(0), bits, self.alpha)
                     report.layers.append(LayerRecord(name, self.name, None, bits))
                     continue
-            report.layers.append(
-                LayerRecord(name, self.name, note=note or f"inputs stay floats: unknown beyond {self.lost.get(name)}")
-            )
+            unknown = f"unknown beyond {self.lost[name]}" if name in self.lost else "the layer never runs"
+            report.layers.append(LayerRecord(name, self.name, note=note or f"inputs stay floats: {unknown}"))
         done = sum(one.input_bits is not None for one in report.layers)
         report.totals = {"static": done, "floats": len(report.layers) - done}
         if done < len(report.layers):

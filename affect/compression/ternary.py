@@ -28,6 +28,7 @@ from affect.compression.uniform import (
     edge_layers,
     largest_weights,
     put_weight,
+    require_floats,
     round_to_grid,
 )
 from affect.errors import ConfigError
@@ -201,6 +202,7 @@ class _Ternary:
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Make every convolution and linear layer ternary but the edges, and train them so if asked for."""
         layers = quantizable(network, self.protect)
+        require_floats(layers, self.name)
         edges = edge_layers(layers) if self.edge_bits is not None else set()
         weights = {name: current_weight(layer) for name, layer in layers.items()}
         report = Report(self.name, self.settings())

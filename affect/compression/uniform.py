@@ -18,7 +18,7 @@ from affect.compression.arguments import check_bits
 from affect.compression.base import Data, quantizable
 from affect.compression.layers import CompressedConv2d, CompressedLinear, InputGrid
 from affect.compression.report import LayerRecord, Report, signal_to_noise
-from affect.compression.stored import GridWeight, StoredWeight, signed_levels
+from affect.compression.stored import GridWeight, ResidualWeight, StoredWeight, signed_levels
 from affect.compression.structure import replace_layer
 from affect.errors import ConfigError
 
@@ -32,6 +32,7 @@ __all__ = [
     "largest_weights",
     "put_inputs",
     "put_weight",
+    "require_floats",
     "round_to_grid",
     "watched_inputs",
 ]
@@ -186,6 +187,22 @@ def current_weight(layer: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def require_floats(layers: Mapping[str, nn.Module], method: str) -> None:
+    """Refuse layers that a quantizer rounded before, whose codes would be rounded once more.
+
+    Codebooks and kernels that RED stored hold its weights to the last bit, and may be rounded.
+
+    Raises:
+        ConfigError: With the first such layer.
+    """
+    for name, layer in layers.items():
+        if isinstance(getattr(layer, "stored", None), GridWeight | ResidualWeight):
+            raise ConfigError(
+                f"compression.{method}: {name} has codes already, which would be rounded once more; take one "
+                "quantizer, and the run that has floats"
+            )
+
+
 class UniformQuantization:
     """Weights on a uniform grid, and inputs too if asked for.
 
@@ -219,6 +236,7 @@ class UniformQuantization:
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Round every convolution and linear layer."""
         layers = quantizable(network, self.protect)
+        require_floats(layers, self.name)
         edges = edge_layers(layers) if self.edge_bits is not None else set()
         ranges = input_ranges(network, list(layers), data.images) if self.input_bits is not None else {}
         report = Report(self.name, {"bits": self.bits, "input_bits": self.input_bits, "edge_bits": self.edge_bits})

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from affect.compression.arguments import check_bits, check_choices, check_counts, check_parts, check_range
-from affect.compression.base import Data, backbone, quantizable, run_chain
+from affect.compression.base import Data, Transform, backbone, quantizable, run_chain
+from affect.compression.power import PowerQuantization
 from affect.compression.report import Report
+from affect.compression.residual import ResidualExpansion
+from affect.compression.ternary import MassQuantization, SupportQuantization
 from affect.compression.uniform import UniformQuantization
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
@@ -82,6 +85,19 @@ def test_methods_look_at_the_network_before_others_change_it_and_after_channels_
     assert chain.floats.weight.item() == 8
     with pytest.raises(ConfigError, match=r"write \[p,f\]"):
         run_chain(network, [methods[2], methods[0]], Data(), torch.ones(2, 1))
+
+
+@pytest.mark.parametrize(
+    "method", [UniformQuantization(4), PowerQuantization(4), MassQuantization(), SupportQuantization()]
+)
+def test_codes_are_not_rounded_once_more(method: Transform) -> None:
+    """In a chain, or of a release; what RED stores are its weights to the last bit, and may be rounded."""
+    x = torch.randn(2, 3)
+    for first in ([UniformQuantization(8)], [ResidualExpansion(4, edge_bits=None)]):
+        network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        run_chain(network, first, Data(), x)
+        with pytest.raises(ConfigError, match=rf"compression\.{method.name}: 0 has codes already.*take one quantizer"):
+            run_chain(network, [method], Data(), x)
 
 
 def test_arguments_that_make_no_sense_are_refused_by_key() -> None:

@@ -319,6 +319,14 @@ def test_edges_and_a_budget_of_the_whole() -> None:
         run_chain(copy.deepcopy(one.network), [SAfER(kilobytes=3)], one.data(), one.images[:4])
 
 
+def test_layers_that_never_run_get_no_grids_for_inputs() -> None:
+    one = copy.deepcopy(trained())
+    one.network.unused = nn.Linear(3, 3)
+    report = run_chain(one.network, [SAfER(4, input_bits=8, edge_bits=None)], one.data(), one.images[:4]).reports[0]
+    given = {record.name: record.input_bits for record in report.layers}
+    assert given == {"one": 8, "dead": 8, "two": 8, "three": 8, "unused": None}
+
+
 def test_rounding_can_be_learned_on_the_grids_of_each_layer() -> None:
     one = trained()
     network = copy.deepcopy(one.network)
