@@ -113,7 +113,8 @@ def run(config: DictConfig) -> None:
     written = {
         "methods": [t.name for t in transforms],
         "settings": OmegaConf.to_container(config.compression, resolve=True),
-        "checkpoint": str(config.checkpoint),
+        "checkpoint": folder.resolve().name,  # a release tells no path of the machine
+        "weights": evaluate.weights_hash(release),
         "before": before,
         "after": after,
         "compared_on": shown,

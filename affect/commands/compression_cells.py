@@ -9,6 +9,7 @@ in turns with the float model's.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, fx, nn
 
 from affect import export
-from affect.commands import compress, inference
+from affect.commands import compress, evaluate, inference
 from affect.commands.export import parity_faces
 from affect.commands.run_folder import RESULTS
 from affect.compression.layers import baked
@@ -69,7 +70,7 @@ def run(folder: Path, overrides: Sequence[str], batch_size: int = 1, seconds: fl
     tasks = build_tasks(release)
     module = build_model(release, tasks)
     size = int(release.preprocess["image_size"])
-    plain = export.onnx_bytes(module, size, list(tasks))
+    plain = float_file(release.folder, evaluate.weights_hash(release), tuple(trust))
     content, multiplied = plain, module
     predictor: Predictor = module
     if library is None:
@@ -107,6 +108,20 @@ def run(folder: Path, overrides: Sequence[str], batch_size: int = 1, seconds: fl
             "environment": environment(),
         },
     )
+
+
+@functools.lru_cache(maxsize=1)
+def float_file(folder: Path, weights: str, trust: tuple[str, ...]) -> bytes:
+    """Return a release as a float ONNX file; all cells of a seed ask for the same one, and an export takes long.
+
+    Args:
+        folder: Of the release.
+        weights: Hash of its weights, which tells one training in a folder from the next.
+        trust: Packages whose classes it may name.
+    """
+    release = read_release(folder, list(trust))
+    tasks = build_tasks(release)
+    return export.onnx_bytes(build_model(release, tasks), int(release.preprocess["image_size"]), list(tasks))
 
 
 def key_of(override: str) -> str:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from affect.compression.report import Report
 from affect.compression.spiq import SPIQ
 from affect.compression.uniform import current_weight, put_weight, round_to_grid
 from affect.data.batch import FaceBatch
-from affect.errors import ConfigError
+from affect.errors import CheckpointError, ConfigError
 from affect.foreign import build_predictor
 from affect.release import build_model, build_tasks, read_release
 from tests.compression.networks import FaceNet, shake_norms
@@ -77,6 +78,9 @@ def test_folding_changes_nothing_and_heads_stay_as_they_are(compose: Compose, ru
     assert heads
     assert all(torch.equal(before[name], after[name]) for name in heads)
     assert written["after"]["bytes"] < written["before"]["bytes"]
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix != ".safetensors":
+            assert str(run.parent) not in file.read_text(encoding="utf-8"), file.name
 
 
 def test_what_predicts_decodes_weights_once_and_not_at_every_batch(rounded: Path) -> None:
@@ -89,6 +93,21 @@ def test_what_predicts_decodes_weights_once_and_not_at_every_batch(rounded: Path
     found = predicted(made, image)
     for name, value in predicted(kept, image).items():
         assert torch.equal(found[name], value), name
+
+
+def test_floats_may_be_many_times_larger_than_the_codes_of_a_file(
+    rounded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The float network is built before layers become codes; large ones must not be taken for an attack."""
+    release = read_release(rounded)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in release.state.values())
+    monkeypatch.setattr("affect.release.SPARE_BYTES", 0)
+    module = build_model(release, build_tasks(release))
+    floats = sum(layer.current_weight().numel() * 4 for layer in module.modules() if hasattr(layer, "current_weight"))
+    assert floats > 2 * stored
+    plain = {key: node for key, node in release.config.items() if key != "compression"}
+    with pytest.raises(CheckpointError, match="far more than its weights"):
+        build_model(replace(release, config=plain), build_tasks(release))
 
 
 @pytest.mark.parametrize("inputs", ["rounded", "floats"])
@@ -331,7 +350,10 @@ def test_mistakes_are_told_before_anything_is_written(
         compress.run(compose("compress", f"checkpoint={run}", f"out={tmp_path / 'out'}"))
     assert main(["compress", f"checkpoint={run}", f"out={tmp_path / 'out'}"]) == 2
     assert "name what to do: compression=[<method>" in capsys.readouterr().err
+    assert main(["compress", f"checkpoint={run}", f"out={tmp_path / 'out'}", "compression=[bn_foldng]"]) == 2
+    assert "bn_folding" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert list(compose("compress", f"checkpoint={run}", "compression=bn_folding").compression) == ["bn_folding"]
     compressed(compose, run, tmp_path / "out", "bn_folding")
     with pytest.raises(ConfigError, match="force=true replaces it"):
         compressed(compose, run, tmp_path / "out", "bn_folding")

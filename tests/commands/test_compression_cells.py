@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_one_training_serves_all_arms_of_a_seed(tmp_path: Path, monkeypatch: pyt
     assert (out / "figure.png").stat().st_size > 10_000
     assert main(words) in (0, None)
     assert len(given) == 12  # nothing is done twice
+
+
+def test_cells_of_one_model_share_its_float_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def export_it(*arguments: object) -> bytes:
+        made.append(arguments)
+        return bytes([len(made)])
+
+    release = SimpleNamespace(preprocess={"image_size": 32})
+    for name, found in (("read_release", release), ("build_tasks", {"au": None}), ("build_model", None)):
+        monkeypatch.setattr(compression_cells, name, lambda *arguments, found=found: found)
+    monkeypatch.setattr(compression_cells.export, "onnx_bytes", export_it)
+    files = [compression_cells.float_file(tmp_path, weights, ()) for weights in ("one", "one", "two", "two")]
+    assert files == [b"\x01", b"\x01", b"\x02", b"\x02"]
+    assert made == [(None, 32, ["au"])] * 2
 
 
 @pytest.mark.slow
