@@ -43,6 +43,9 @@ EXPRESSIONS = (
 )
 """Order of the expression network's outputs."""
 
+CPU_CHUNK = 4
+"""Images that a processor works on at once: a large batch leaves its cache and takes twice as long per image."""
+
 _SHA256 = {
     "tiny_face_detector": "b7503ce7df31039b1c43316a9b865cab6a70dd748cc602d3fa28b551503c3871",
     "face_landmark_68": "4611ef65c87d836d03d684b30eec4d195d8b219fa1dd58fc58945831c6b9299b",
@@ -231,9 +234,8 @@ def network(name: str, device: str = "cpu") -> nn.Module:
 @torch.inference_mode()
 def _run(name: str, images: NDArray[np.uint8], device: str) -> Tensor:
     """Return a network's outputs, float64 on the CPU, for images ``(N, H, W, 3)``."""
-    # A large batch leaves a processor's cache and takes twice as long per image. The images' memory order, channels
-    # last, is the faster one for these networks, so it is kept.
-    chunk = 4 if device == "cpu" else 64
+    # The images' memory order, channels last, is the faster one for these networks, so it is kept.
+    chunk = CPU_CHUNK if device == "cpu" else 64
     net = network(name, device)
     parts = [
         net(torch.from_numpy(images[start : start + chunk]).to(device).permute(0, 3, 1, 2)).double().cpu()

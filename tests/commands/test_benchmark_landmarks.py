@@ -13,7 +13,7 @@ import pytest
 from affect import labels
 from affect.commands.benchmarks import landmarks
 from affect.commands.main import main
-from affect.geometry import LandmarkProvider
+from affect.geometry import LandmarkProvider, faceapi
 from affect.geometry.templates import FACE_68, WFLW_TO_68
 from affect.release import read_release
 from tests.commands.test_landmarks import write_model
@@ -60,10 +60,33 @@ def test_contenders_find_points_and_are_the_networks_of_the_experiments(model: P
         assert isinstance(provider, LandmarkProvider), name
         assert parameters > 1000
         assert provider.landmarks_many(images, boxes).shape == (2, 68, 2), name
-    assert any(name.startswith("face-alignment") for name in found)
+    assert "face-alignment's FAN-1, 1 pass" in found
     assert any(str(model) in name for name in found)
     sides = {landmarks.untrained(name).encoder.image_size for name in ("decafa_faces", "decafa_300w")}
     assert 128 in sides
+
+
+def test_contenders_have_the_same_conditions(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many faces at once for all, and in each pass a crop of the face, whatever random weights say."""
+    counts, batches = [], {}
+    run = faceapi.FaceCropNet.forward
+    monkeypatch.setattr(faceapi.FaceCropNet, "forward", lambda net, x: counts.append(len(x)) or run(net, x))
+    found = landmarks.contenders(True, read_release(model))
+    images, boxes = landmarks._drawn(5, 96)
+    for name, (provider, _) in found.items():
+        if name == landmarks.PACKAGED:
+            provider.landmarks_many(images, boxes)
+            assert counts == [4, 1] * 2
+            continue
+        seen, predict = [], provider.predict  # type: ignore[attr-defined]
+        provider.predict = lambda crops, seen=seen, predict=predict: seen.append(crops) or predict(crops)  # type: ignore[attr-defined]
+        provider.landmarks_many(images, boxes)
+        batches[name] = [len(crops) for crops in seen]
+        assert batches[name] == [4, 1] * provider.passes  # type: ignore[attr-defined]
+        if name == "DeCaFA of decafa_faces, 2 passes":
+            first, second = np.concatenate(seen[:2]).astype(float), np.concatenate(seen[2:]).astype(float)
+            assert np.abs(first - second).mean() < 1, "the second pass sees the face too, not a speck of it"
+    assert len(batches) == 4
 
 
 def test_points_are_compared_where_schemes_mean_the_same() -> None:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Landmark providers beside each other: how fast they are, and how far apart their points are on real photographs.
 
-Speed is that of finding the points of faces whose boxes are known, crops included, on the same images. Networks have
-random weights where no checkpoint is given, face-alignment's always: nothing is downloaded, and speed does not depend
-on weights.
+Speed is that of finding the points of faces whose boxes are known, crops included, on the same images; all networks run
+on as many faces at once as the packaged one does. They have random weights where no checkpoint is given,
+face-alignment's always: nothing is downloaded, and speed does not depend on weights. What such networks say is no face
+to crop by, so the mean face stands in its place.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import statistics
 import time
@@ -35,8 +35,10 @@ from affect.geometry import (
     LandmarkProvider,
     transform_points,
 )
+from affect.geometry.faceapi import CPU_CHUNK
 from affect.geometry.heatmaps import rescale_points
 from affect.geometry.providers import area, coarser_points
+from affect.geometry.templates import FACE_68
 from affect.models.decafa import Decafa
 from affect.release import Release
 from affect.report import figures as draw
@@ -110,11 +112,12 @@ def contenders(quick: bool, release: Release | None = None) -> dict[str, tuple[L
     if not quick:
         found["DeCaFA of decafa_300w, 1 pass"] = _cropped(untrained("decafa_300w"), 1)
     if release is not None:
-        own = landmark_provider(release)
+        own = landmark_provider(release, batch_size=CPU_CHUNK)
         module = own.predict.args[0]  # type: ignore[attr-defined]
         found[f"checkpoint {release.folder}"] = own, sum(parameter.numel() for parameter in module.parameters())
     if importlib.util.find_spec("face_alignment") is not None:
-        found["face-alignment's FAN, 1 pass"] = _fan(1 if quick else 4)
+        hourglasses = 1 if quick else 4
+        found[f"face-alignment's FAN-{hourglasses}, 1 pass"] = _fan(hourglasses)
     return found
 
 
@@ -131,8 +134,13 @@ def untrained(experiment: str) -> Decafa:
 def _cropped(module: Decafa, passes: int) -> tuple[LandmarkProvider, int]:
     """Return a model's 68 points as a provider, and the number of its parameters."""
     recipe = CropRecipe(name="box", kind="box", size=module.encoder.image_size, margin=0.1)
-    predict = functools.partial(predict_points, module, "landmarks_68")
-    return CropLandmarks(predict, recipe, "68", passes=passes), sum(p.numel() for p in module.parameters())
+    mean = (np.asarray(FACE_68) + recipe.margin) / (1 + 2 * recipe.margin) * recipe.size - 0.5
+
+    def predict(crops: np.ndarray) -> np.ndarray:
+        return np.stack([mean] * len(predict_points(module, "landmarks_68", crops)))
+
+    provider = CropLandmarks(predict, recipe, "68", mean, passes, CPU_CHUNK)
+    return provider, sum(parameter.numel() for parameter in module.parameters())
 
 
 def _fan(hourglasses: int) -> tuple[LandmarkProvider, int]:
@@ -151,7 +159,8 @@ def _fan(hourglasses: int) -> tuple[LandmarkProvider, int]:
         return rescale_points(points, tuple(maps.shape[2:]), tuple(images.shape[2:])).numpy()  # type: ignore[arg-type]
 
     recipe = CropRecipe(name="fan", kind="box", size=256, margin=0.14)
-    return CropLandmarks(predict, recipe, "68", passes=1), sum(p.numel() for p in network.parameters())
+    provider = CropLandmarks(predict, recipe, "68", passes=1, batch_size=CPU_CHUNK)
+    return provider, sum(parameter.numel() for parameter in network.parameters())
 
 
 # -------------------------------------------------------------------------------------------------- photographs
