@@ -111,7 +111,8 @@ class AffectModule(pl.LightningModule):
             None keeps the rate constant.
         scheduler_interval: Whether the schedule advances per ``step`` or per ``epoch``; None takes steps for a schedule
             that is told how many there are (``total_steps``), and epochs for any other.
-        weighting: How task losses are weighed in the sum; None uses each task's fixed weight.
+        weighting: How task losses are weighed in the sum; None uses each task's fixed weight, which otherwise is a
+            factor of what the weighting makes of the task.
         objectives: Auxiliary objectives by name.
         encoder_lr_scale: Factor of the learning rate for encoders.
         layer_decay: Layer-wise factor: a block ``d`` blocks below an encoder's last one learns at ``layer_decay ** d``
@@ -263,8 +264,9 @@ class AffectModule(pl.LightningModule):
         total = terms[next(iter(terms))].sum.sum() * 0
         task_terms = {name: Terms(term.sum * world, counts[name]) for name, term in terms.items()}
         weighed = self.weighting({name: term for name, term in task_terms.items() if name in self.tasks})
-        for value in weighed.values():
-            total = total + value
+        fixed = isinstance(self.weighting, FixedWeighting)  # the weights of tasks are its own
+        for name, value in weighed.items():
+            total = total + (value if fixed else self.tasks[name].weight * value)
         for name, objective in acting.items():
             term = task_terms[name]
             total = total + objective.weight * term.sum.sum() / term.count.sum().clamp(min=1)

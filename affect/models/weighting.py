@@ -37,6 +37,25 @@ class FixedWeighting(nn.Module):
         }
 
 
+class _Within(torch.autograd.Function):
+    """Clamping to [-limit, limit] whose gradient vanishes only where a step along it would lead further out.
+
+    That of ``torch.clamp`` vanishes wherever a number has left the range, from where it would never come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, limit: float) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(s)
+        ctx.limit = limit
+        return s.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (s,), (gradient,) = ctx.saved_tensors, gradients
+        outwards = ((s >= ctx.limit) & (gradient < 0)) | ((s <= -ctx.limit) & (gradient > 0))
+        return torch.where(outwards, 0, gradient), None
+
+
 class UncertaintyWeighting(nn.Module):
     r"""Weights that follow from one learned scalar per term, its homoscedastic uncertainty.
 
@@ -54,7 +73,8 @@ class UncertaintyWeighting(nn.Module):
     Args:
         gaussian: Tasks whose loss is a squared error and so the exponent of a Gaussian; None takes those whose loss is
             ``MSE``. Any other loss (also 1 - CCC, which is no likelihood) is weighed as a classification.
-        limit: s is clamped to [-limit, limit], where a loss that can reach 0 would drive it to minus infinity.
+        limit: s is clamped to [-limit, limit], where a loss that can reach 0 would drive it to minus infinity; it comes
+            back when the loss rises again.
         lr: Learning rate of s, constant; None takes the optimiser's.
         train: Whether s is learnt; False leaves it where it starts.
         initial: Standard deviations to start from, by task: one number, or one by output. What is not named starts
@@ -134,7 +154,7 @@ class UncertaintyWeighting(nn.Module):
                 f"weighting=uncertainty: task {name} has {len(total)} loss terms and {len(s)} uncertainties; "
                 "choose a loss with one term per output"
             )
-        s = s.clamp(-self.limit, self.limit)
+        s = _Within.apply(s, self.limit)
         mean = total / count.clamp(min=1)
         half = 0.5 if name in (self.gaussian or ()) else 1.0
         return torch.where(count > 0, half * (-2 * s).exp() * mean + s, total * 0).sum()

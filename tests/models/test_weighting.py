@@ -97,6 +97,28 @@ def test_it_is_clamped():
     assert weighting.findings()["sigma"]["b"]["v"] == pytest.approx(math.exp(-2))
 
 
+@pytest.mark.parametrize(("start", "loss"), [(-2.5, 4.0), (2.5, 0.2)])
+def test_what_left_the_range_comes_back_when_its_loss_changes(start, loss):
+    """An optimiser's momentum carries s beyond the limit; there the loss has to be able to turn it round."""
+    weighting = make(limit=2.0)
+    weighting.log_sigma["b"].data.fill_(start)
+    term = {"b": Terms(torch.tensor([3.0 * loss]), torch.tensor([3.0]))}
+    optimizer = torch.optim.Adam([weighting.log_sigma["b"]], 0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        weighting(term)["b"].backward()
+        optimizer.step()
+    assert abs(float(weighting.log_sigma["b"].detach())) < 1.9
+
+
+@pytest.mark.parametrize(("start", "loss"), [(-2.0, 1e-9), (2.0, 1e9)])
+def test_beyond_the_limit_there_is_no_further_way_out(start, loss):
+    weighting = make(limit=2.0)
+    weighting.log_sigma["b"].data.fill_(start)
+    weighting({"b": Terms(torch.tensor([loss]), torch.tensor([1.0]))})["b"].backward()
+    assert weighting.log_sigma["b"].grad.tolist() == [0.0]
+
+
 def test_squared_errors_are_gaussian_by_default():
     weighting = make(gaussian=None)
     assert weighting.gaussian == ("b",)
@@ -120,6 +142,39 @@ def test_known_noise_is_recovered():
     sigma = weighting.findings()["sigma"]["t"]
     assert sigma["first"] == pytest.approx(0.1, rel=0.1)
     assert sigma["second"] == pytest.approx(1.0, rel=0.1)
+
+
+def errors_of_three_tasks(weighting: nn.Module, scales: tuple[float, float, float]) -> torch.Tensor:
+    """Return the error of three related tasks on new data, relative to their spread, after joint training."""
+    torch.manual_seed(0)
+    x = torch.randn(1024, 6)
+    shared = (1.5 * x @ torch.randn(6, 4) / 6**0.5).sin()
+    truth = shared @ torch.randn(4, 3)
+    truth = (truth - truth.mean(0)) / truth.std(0)
+    units = torch.tensor(scales)
+    y = (truth + 0.3 * torch.randn_like(truth)) * units
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    groups: list[dict] = [{"params": model.parameters()}]
+    if isinstance(weighting, UncertaintyWeighting):
+        weighting.bind({"t": losses.MSE()}, {"t": ("a", "b", "c")})
+        groups.append({"params": weighting.parameters(), "lr": 0.05})
+    # With a long memory Adam's steps stay as small as the first gradients were large, whatever the weights become.
+    optimizer = torch.optim.Adam(groups, 0.02, betas=(0.9, 0.9))
+    known = torch.ones(512, 3, dtype=torch.bool)
+    for _ in range(300):
+        optimizer.zero_grad()
+        term = losses.MSE()(model(x[:512]) * units, y[:512], known)
+        weighting({"t": term})["t"].backward()
+        optimizer.step()
+    return (model(x[512:]) - truth[512:]).square().mean(0).sqrt().detach()
+
+
+def test_labels_on_a_large_scale_do_not_drown_the_other_tasks():
+    alike, large = (1.0, 1.0, 1.0), (1.0, 1.0, 100.0)
+    wanted = errors_of_three_tasks(FixedWeighting(), alike)
+    fixed, learnt = (errors_of_three_tasks(w, large) for w in (FixedWeighting(), UncertaintyWeighting()))
+    assert (fixed[:2] > 2 * wanted[:2]).all()
+    assert (learnt[:2] < 1.6 * wanted[:2]).all()
 
 
 class TestInAModel:
@@ -149,6 +204,25 @@ class TestInAModel:
         batch = dataclasses.replace(batch, masks={name: torch.zeros_like(m) for name, m in batch.masks.items()})
         module.training_step(batch, 0).backward()
         assert all((p.grad == 0).all() for p in module.parameters() if p.grad is not None)
+
+    def test_the_fixed_weight_of_a_task_is_a_factor_besides(self):
+        found = {}
+        for weight in (0.0, 1.0, 3.0):
+            made = make_tasks()
+            made["valence_arousal"].weight = weight
+            torch.manual_seed(0)
+            module = Baseline(made, make_module().encoder, weighting=UncertaintyWeighting())
+            module.weighting.log_sigma["valence_arousal"].data.fill_(0.3)
+            loss = module.training_step(make_batch(), 0)
+            loss.backward()
+            gradients = {name: s.grad.clone() for name, s in module.weighting.log_sigma.items()}
+            found[weight] = loss.detach(), gradients
+        own, others = found[1.0][0] - found[0.0][0], found[1.0][1]
+        torch.testing.assert_close(found[3.0][0] - found[0.0][0], 3 * own)
+        assert own.abs() > 1e-3
+        assert (found[0.0][1]["valence_arousal"] == 0).all()
+        torch.testing.assert_close(found[3.0][1]["valence_arousal"], 3 * others["valence_arousal"])
+        torch.testing.assert_close(found[3.0][1]["au"], others["au"])
 
     def test_one_run_of_the_optimiser_moves_them(self):
         adam = functools.partial(torch.optim.AdamW, lr=1e-3)
