@@ -52,7 +52,7 @@ def evaluate(
         resamples: Resamples of the bootstrap over groups; 0 gives no intervals.
         seed: Seed of the bootstrap.
         level: Share of resamples inside the interval.
-        subsets: Samples of named subsets, bool ``(N,)``; they may overlap, and an empty one gives no records.
+        subsets: Samples of named subsets, bool ``(N,)``; they may overlap, and one without labels gives no records.
 
     Returns:
         Records ``{name, value, low, high, constant, n, groups, higher_is_better, subgroup, reason}``. ``n`` is the
@@ -83,7 +83,7 @@ def evaluate(
     names = None if groups is None else np.asarray(groups)
     records = []
     named = [(name, np.asarray(chosen, bool)) for name, chosen in (subsets or {}).items()]
-    present = [(name, chosen) for name, chosen in named if chosen.any()]
+    present = [(name, chosen) for name, chosen in named if (labelled & chosen).any()]
     for subgroup, chosen in (*_subgroups(subgroups or {}, len(values)), *present):
         rows = np.flatnonzero(labelled & chosen)
         part = (values[rows], target[rows], mask[rows])

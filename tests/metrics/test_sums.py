@@ -104,11 +104,13 @@ def test_sums_that_mean_nothing_are_refused(tasks):
 def test_subsets_may_overlap_and_are_evaluated_on_their_own_rows(tasks):
     au = tasks["au"]
     first, even = np.arange(ROWS) < 150, np.arange(ROWS) % 2 == 0
-    subsets = {"first": first, "even": even, "nobody": np.zeros(ROWS, bool)}
-    found = evaluate(au.metrics, au.values, au.target, au.mask, GROUP, resamples=0, subsets=subsets)
+    mask, unlabelled = au.mask.clone(), np.arange(ROWS) >= ROWS - 20  # faces of another set, say
+    mask[unlabelled] = False
+    subsets = {"first": first, "even": even, "nobody": np.zeros(ROWS, bool), "unlabelled": unlabelled}
+    found = evaluate(au.metrics, au.values, au.target, mask, GROUP, resamples=0, subsets=subsets)
     assert {record["subgroup"] for record in found} == {None, "first", "even"}
     for name in ("first", "even"):
         rows = np.flatnonzero(subsets[name])
-        alone = evaluate(au.metrics, au.values[rows], au.target[rows], au.mask[rows], GROUP[rows], resamples=0)
+        alone = evaluate(au.metrics, au.values[rows], au.target[rows], mask[rows], GROUP[rows], resamples=0)
         mine = [{**record, "subgroup": None} for record in found if record["subgroup"] == name]
         assert mine == alone

@@ -65,6 +65,9 @@ def test_three_sets_with_three_schemes_are_learnt_by_turns(tmp_path: Path, tree:
     assert [record["name"] for record in results["headline"]] == [f"NME of {p} points" for p in (98, 68, 5)]
     stages = results["findings"]["stages"]
     assert {task: len(found["nme"]) for task, found in stages.items()} == dict.fromkeys(stages, 2)
+    subsets = {(record["task"], record["subgroup"]) for record in results["metrics"]["test"] if record["subgroup"]}
+    assert {("landmarks_68", "common"), ("landmarks_68", "challenge"), ("landmarks_98", "blur")} <= subsets
+    assert not {("landmarks_98", "common"), ("landmarks_68", "blur"), ("landmarks_5", "common")} & subsets
     for task, found in stages.items():  # the last stage is what predicts
         (record,) = [
             r for r in results["metrics"]["test"] if (r["task"], r["name"]) == (task, "nme") and not r["subgroup"]
@@ -117,6 +120,12 @@ def test_the_small_one_on_built_in_faces_draws_its_stages(tmp_path: Path) -> Non
     drawn = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert {f"landmarks_{scheme}_stages.png" for scheme in ("98", "68", "5")} <= drawn
     assert {f"landmarks_{scheme}.png" for scheme in ("98", "68", "5")} <= drawn
+
+
+def test_joint_training_is_told_by_the_subsets_of_its_sets() -> None:
+    joint, *own = (compose("train", [f"experiment=decafa_{name}"]).protocol for name in ("joint", "300w", "wflw"))
+    assert joint.subsets == {**own[0].subsets, **own[1].subsets}
+    assert len(joint.subsets) == 2 + 6
 
 
 def test_updates_and_rates_are_those_recalled_of_the_paper() -> None:
