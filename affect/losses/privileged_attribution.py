@@ -17,7 +17,8 @@ Kind = Literal["grad_input", "grad"]
 Channels = Literal["mean", "half_mean", "all"]
 Scale = Literal["norm", "std"]
 
-_EPSILON = 1e-12
+_ROUNDING = 8
+"""Channels are the same everywhere if they vary by less than so many units of rounding, relative to their size."""
 
 
 def landmark_prior(
@@ -100,7 +101,8 @@ def privileged_attribution(
     centred = flat - flat.mean(-1, keepdim=True)
     # Relative to the largest entry, squares neither vanish nor overflow.
     size = centred.detach().abs().amax(-1, keepdim=True)
-    alive = size > _EPSILON * flat.detach().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    rounding = _ROUNDING * torch.finfo(flat.dtype).eps
+    alive = size > rounding * flat.detach().abs().amax(-1, keepdim=True).clamp(min=1e-30)
     unit = centred / torch.where(alive, size, 1)
     spread = unit.pow(2).sum(-1, keepdim=True) if scale == "norm" else unit.pow(2).mean(-1, keepdim=True)
     standard = unit / torch.where(alive, spread, 1).sqrt()

@@ -79,6 +79,20 @@ def test_dead_channels_are_left_out(given):
     assert (privileged_attribution(torch.zeros(3, 2, 5, 4), prior, "mean") == 0).all()
 
 
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e-6, 7e5])
+def test_a_channel_that_varies_by_rounding_alone_is_dead(given, value):
+    """The mean of equal numbers is another number in their last digit; that is no direction to be pulled in."""
+    found, prior = (part.float() for part in given)
+    same = torch.full((3, 1, 5, 4), value)
+    wanted = privileged_attribution(found, prior, "all")
+    both = torch.cat([found, same], 1).requires_grad_()
+    value = privileged_attribution(both, prior, "all")
+    torch.testing.assert_close(value, wanted)
+    (gradient,) = torch.autograd.grad(value.sum(), both)
+    assert (gradient[:, -1] == 0).all()
+    assert (privileged_attribution(same, prior, "mean") == 0).all()
+
+
 def test_correlation_is_pearsons(given):
     found, prior = given
     for k in range(3):

@@ -72,6 +72,8 @@ class PrivilegedAttribution(Objective):
                 raise ConfigError(f"objective privileged attribution: {key}={value!r}; {near(str(value), options)}")
         if not sigma > 0:
             raise ConfigError(f"objective privileged attribution: sigma={sigma} must be more than 0 pixels")
+        if not weight >= 0:
+            raise ConfigError(f"objective privileged attribution: weight={weight} must be 0 or more")
         self.layers, self.schemes = (str(layer),), (str(scheme),)
         self.layer, self.task, self.score, self.scheme = str(layer), task, score, str(scheme)
         self.kind, self.channels, self.scale = kind, channels, scale

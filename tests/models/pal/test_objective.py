@@ -16,6 +16,7 @@ from affect.callbacks import EMA
 from affect.data.batch import FaceBatch
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
+from affect.losses.privileged_attribution import privileged_attribution
 from affect.models.baseline import Baseline
 from affect.models.pal import PrivilegedAttribution
 
@@ -84,6 +85,25 @@ def test_it_has_a_gradient_in_every_precision(precision, ema, kind):
     assert "head.linear.expression.weight" in moved or kind == "grad_input"
 
 
+@pytest.mark.parametrize("kind", ["grad_input", "grad"])
+def test_attribution_and_loss_are_float32_under_mixed_precision(kind):
+    batch, half = make_batch(), make(PrivilegedAttribution("encoder.model.layer2", kind=kind)).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = half(batch)
+        assert half.taps["encoder.model.layer2"].dtype == torch.bfloat16, "nothing was mixed, so nothing was tested"
+        found, _ = half.objectives["pal"].attribution(batch, outputs, half.taps)
+        term = half.objectives["pal"](batch, half(batch), half.taps)
+    assert found.dtype == term.sum.dtype == torch.float32
+    prior, some = half.objectives["pal"].prior(batch, found.shape[2:])
+    exact = privileged_attribution(found.detach().double(), prior.double())[some].sum()
+    torch.testing.assert_close(term.sum[0].detach().double(), exact, rtol=1e-5, atol=1e-5)
+    (term.sum / term.count).sum().backward()
+    gradients = [p.grad for p in half.encoder.model.layer3.parameters() if p.grad is not None]
+    assert gradients
+    assert all(g.isfinite().all() for g in gradients)
+    assert any((g != 0).any() for g in gradients)
+
+
 def test_the_label_is_a_score_of_its_own():
     batch = make_batch()
     sums = [terms(make(PrivilegedAttribution(LAYER, score=score)).eval(), batch).sum for score in ("sum", "label")]
@@ -144,6 +164,11 @@ class TestRefusals:
     def test_an_unknown_task(self):
         with pytest.raises(ConfigError, match="did you mean expression"):
             terms(make(PrivilegedAttribution(LAYER, task="expresion")), make_batch())
+
+    def test_numbers_that_cannot_be(self):
+        for key, value in (("sigma", 0.0), ("weight", -1.0), ("weight", float("nan"))):
+            with pytest.raises(ConfigError, match=f"{key}={value}"):
+                PrivilegedAttribution(LAYER, **{key: value})
 
     @pytest.mark.parametrize("key", ["score", "scheme", "kind", "channels", "scale"])
     def test_unknown_options(self, key):
