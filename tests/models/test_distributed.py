@@ -53,6 +53,19 @@ def test_training_equals_one_process(found: dict[str, dict[str, Any]], case: str
     assert _far(one, start) > 1e-2, "nothing was learnt, so nothing was compared"
 
 
+def test_uncertainties_and_attribution_train_as_in_one_process(found: dict[str, dict[str, Any]]) -> None:
+    """Where one process has no label of a task, and faces with points are shared out unequally."""
+    one, first, second = (found[name]["learnt"] for name in ("world1-rank0", "world2-rank0", "world2-rank1"))
+    assert _far(first, second) == 0
+    assert _far(first, one) < 1e-6
+    start = make_module(learnt=True).state_dict()
+    moved = {name for name, value in one.items() if float((value - start[name]).abs().max()) > 1e-3}
+    assert {name for name in start if name.startswith("weighting.")} <= moved
+    assert any(name.startswith("encoder.") for name in moved)
+    known = make_batch(SIZE, 0).point_masks["5"][:, 0]
+    assert known[0::2].sum() != known[1::2].sum()
+
+
 def test_the_masks_are_unequal() -> None:
     """The comparison above can fail: averaging the means of two processes gives other weights."""
     batch = make_batch(SIZE, 0)

@@ -29,8 +29,10 @@ from affect.data.sampling import OrderedSampler
 from affect.encoders import TimmEncoder
 from affect.errors import CheckpointError
 from affect.models.baseline import Baseline
+from affect.models.pal import PrivilegedAttribution
 from affect.models.sharding import FullyShardedStrategy
 from affect.models.thin import ExogenousStream, Thin
+from affect.models.weighting import UncertaintyWeighting
 
 STEPS, SIZE, ODD = 4, 8, 21
 """Training steps, samples of a step over all processes, samples of the validation, which no even number divides."""
@@ -49,7 +51,8 @@ class Encoder(nn.Module):
         return self.model(image.float() / 255).flatten(1)
 
 
-def make_module(concordance: bool = False) -> Baseline:
+def make_module(concordance: bool = False, learnt: bool = False) -> Baseline:
+    """Return a small module of all kinds of tasks; ``learnt``: with learnt uncertainties and privileged attribution."""
     continuous = losses.Concordance() if concordance else losses.MSE()
     made: dict[str, tasks.Task] = {
         "au": tasks.AUOccurrence(aus=[1, 2], loss=losses.BinaryCrossEntropy(), metrics=[metrics.F1()]),
@@ -65,7 +68,12 @@ def make_module(concordance: bool = False) -> Baseline:
         for metric in task.metrics:
             metric.bind(task.outputs)
     torch.manual_seed(0)
-    return Baseline(made, Encoder(), optimizer=functools.partial(torch.optim.SGD, lr=0.5))  # type: ignore[arg-type]
+    more: dict[str, Any] = {}
+    if learnt:
+        pulled = PrivilegedAttribution("encoder.model.2", scheme="5", sigma=2.0, weight=0.5)
+        more = {"weighting": UncertaintyWeighting(lr=0.05), "objectives": {"pal": pulled}}
+    sgd = functools.partial(torch.optim.SGD, lr=0.1 if learnt else 0.5)
+    return Baseline(made, Encoder(), optimizer=sgd, **more)  # type: ignore[arg-type]
 
 
 def make_batch(size: int, seed: int, one_side: bool = False, side: int = 16) -> FaceBatch:
@@ -85,11 +93,17 @@ def make_batch(size: int, seed: int, one_side: bool = False, side: int = 16) -> 
         masks["valence_arousal"][0::2] = True
         masks["valence_arousal"][1::2] = False
     image = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
-    return FaceBatch(image=image, targets=targets, masks=masks)
+    # Every third face has no points for an objective, which makes their numbers unequal as well.
+    known = {"5": (torch.arange(size) % 3 != 1)[:, None].expand(-1, 5).clone()}
+    points = {"5": torch.rand(size, 5, 2, generator=generator) * side}
+    return FaceBatch(image=image, targets=targets, masks=masks, points=points, point_masks=known)
+
+
+PARTS = ("targets", "masks", "points", "point_masks")
 
 
 def take(batch: FaceBatch, rows: Any) -> FaceBatch:
-    pick = {name: {k: v[rows] for k, v in getattr(batch, name).items()} for name in ("targets", "masks")}
+    pick = {name: {k: v[rows] for k, v in getattr(batch, name).items()} for name in PARTS}
     return FaceBatch(image=batch.image[rows], **pick)
 
 
@@ -113,14 +127,21 @@ def make_trainer(folder: Path, world: int, strategy: Any = "ddp", **arguments: A
 
 
 def trained(
-    folder: Path, rank: int, world: int, one_side: bool = False, concordance: bool = False, accumulate: int = 1
+    folder: Path,
+    rank: int,
+    world: int,
+    one_side: bool = False,
+    concordance: bool = False,
+    accumulate: int = 1,
+    learnt: bool = False,
 ) -> dict[str, Tensor]:
     """Return the weights after some steps, each process with its part of every batch."""
-    module = make_module(concordance)
+    module = make_module(concordance, learnt)
     whole = [make_batch(SIZE, seed, one_side) for seed in range(STEPS)]
     batches = Loader(take(batch, slice(rank, None, world)) for batch in whole)
     make_trainer(folder, world, max_epochs=1, accumulate_grad_batches=accumulate).fit(module, batches)
-    return {name: value.clone() for name, value in module.release_state().items()}
+    state = module.state_dict() if learnt else module.release_state()
+    return {name: value.clone() for name, value in state.items()}
 
 
 def shared_out(folder: Path, rank: int, world: int) -> dict[str, Any]:
@@ -276,6 +297,7 @@ def work(rank: int, folder: str, world: int) -> None:
         "one side": trained(path, rank, world, one_side=True),
         "concordance": trained(path, rank, world, concordance=True),
         "accumulated": trained(path, rank, world, accumulate=2),
+        "learnt": trained(path, rank, world, one_side=True, learnt=True),
         "validation": validated(path, rank, world),
         "shared out": shared_out(path, rank, world),
     }
