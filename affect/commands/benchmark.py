@@ -12,7 +12,20 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from affect.commands.benchmarks import export, faces, landmarks, loader, monet, pal, predict, step, table, training
+from affect.commands.benchmarks import (
+    export,
+    faces,
+    landmarks,
+    loader,
+    monet,
+    pal,
+    predict,
+    pruning,
+    ranges,
+    step,
+    table,
+    training,
+)
 from affect.commands.train import quiet
 from affect.errors import ConfigError, near
 from affect.release import read_release
@@ -28,6 +41,8 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "monet": monet.measure,
     "predict": predict.measure,
     "export": export.measure,
+    "pruning": pruning.measure,
+    "ranges": ranges.measure,
 }
 
 OF_CHECKPOINTS = ("landmarks", "photographs")

@@ -350,6 +350,8 @@ COMMANDS = (
             "monet",
             "predict",
             "export",
+            "pruning",
+            "ranges",
             "landmarks",
             "photographs",
         ),

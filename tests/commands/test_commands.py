@@ -52,7 +52,7 @@ def test_an_unknown_benchmark_names_the_known_ones(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["step", "training", "loader", "faces", "table"])
+@pytest.mark.parametrize("what", ["step", "training", "loader", "faces", "table", "pruning", "ranges"])
 def test_benchmarks_write_their_rows(what: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     assert main(["benchmark", what, "quick=true", f"out={out}"]) == 0

@@ -26,7 +26,7 @@ from affect.compression.pruning import (
 )
 from affect.compression.structure import apply_structure, structure
 from affect.errors import ConfigError
-from tests.compression.digits import Task
+from tests.compression.digits import Task, kept_by_budget
 
 pytest.importorskip("torch_pruning")
 
@@ -118,22 +118,6 @@ def test_complete_relevance_ranks_as_removal_does_and_the_layer_path_comes_close
 # ------------------------------------------------------------------------------------------------------ selection
 
 
-def area(one: Task, scores: dict[str, Tensor], normalise: str) -> float:
-    """Mean accuracy over how many of the multiplications were removed in one go, without training."""
-    graph = one.graph()
-    total = sum(graph.layer_costs("macs").values())
-    kept = []
-    for ratio in (0.2, 0.35, 0.5, 0.65):
-        removed = select_units(graph, scores, total * (1 - ratio), "macs", normalise)
-        gates = {
-            name: torch.ones(len(group)).index_fill(0, removed.get(name, torch.empty(0).long()), 0)
-            for name, group in graph.groups.items()
-        }
-        with gated(one.network, graph.groups.values(), gates):  # the same as removal, see above
-            kept.append(one.accuracy())
-    return sum(kept) / len(kept)
-
-
 @functools.cache
 def seeded(seed: int) -> Task:
     return Task(seed, steps=120)
@@ -148,7 +132,7 @@ def test_relevance_compares_channels_of_all_layers_and_magnitude_does_not() -> N
         for criterion in ("singe", "l2"):
             scores = relevance(graph, one.losses, criterion, "exact", steps=4)
             for normalise in ("none", "cost", "mean"):
-                found.setdefault((criterion, normalise), []).append(area(one, scores, normalise))
+                found.setdefault((criterion, normalise), []).append(kept_by_budget(one, graph, scores, normalise))
     for relevant, magnitude in zip(found["singe", "none"], found["l2", "none"], strict=True):
         assert relevant > magnitude + 0.2
     mean = {key: sum(values) / 3 for key, values in found.items()}
@@ -240,10 +224,23 @@ def vit(**settings: object) -> nn.Module:
     ).eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_lite0", "regnetx_002"])
-def test_convolutional_networks_shrink_and_are_rebuilt_from_plain_data(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "mobilenetv3_small_050",
+        "efficientnet_lite0",
+        "regnetx_002",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+        pytest.param("convnext_atto", marks=pytest.mark.slow),
+        pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    ],
+)
+def test_networks_of_timm_shrink_and_are_rebuilt_from_plain_data(name: str) -> None:
     torch.manual_seed(0)
-    network = timm.create_model(name, pretrained=False, num_classes=0).eval().requires_grad_(False)
+    size = {"img_size": 64} if "224" in name else {}
+    network = timm.create_model(name, pretrained=False, num_classes=0, **size).eval().requires_grad_(False)
     _, small = pruned_and_rebuilt(network, torch.randn(1, 3, 64, 64))
     assert not any(p.requires_grad for p in small.parameters() if p.is_leaf and p.grad is not None)
 

