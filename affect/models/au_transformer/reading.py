@@ -53,12 +53,21 @@ def mass_on_own_block(results: Mapping[str, Any], task: str = "attributes") -> f
     return float((maps * own).sum((1, 2)).mean())
 
 
-def lift_on_landmarks(results: Mapping[str, Any], task: str = "au", radius: float = 0.1) -> float | None:
+def lift_on_landmarks(
+    results: Mapping[str, Any], task: str = "au", radius: float = 0.1, others: bool = False
+) -> float | None:
     """Return how much more attention tokens have on the landmarks of their action unit than evenly spread attention.
 
     1 is no preference. The region is the positions within ``radius`` (share of the crop's side) of a landmark of the
     mean face, which similarity crops are aligned to; a map's positions are taken finely, so that coarse grids count by
     area. The mean is over action units; None for a model without attention, or for crops that are not aligned.
+
+    Args:
+        results: Of the run.
+        task: Task of action units.
+        radius: Of the disc around each landmark.
+        others: Take the landmarks of the other action units that share none with the token's own: the control, as
+            tokens that look at faces rather than at what lies around them prefer every landmark.
     """
     found = (results["findings"].get("attention") or {}).get(task)
     recipe = (results.get("preprocess") or {}).get("recipe") or {}
@@ -67,14 +76,15 @@ def lift_on_landmarks(results: Mapping[str, Any], task: str = "au", radius: floa
     margin = float(recipe["margin"])
     points = (FACE_68 + margin) / (1 + 2 * margin)
     fine = 8
+    names = [name for name in found if name in REGIONS]
     lifts = []
-    for name, given in found.items():
-        if name not in REGIONS:
-            continue
-        attention = np.kron(np.array(given), np.ones((fine, fine))) / fine**2
+    for name in names:
+        attention = np.kron(np.array(found[name]), np.ones((fine, fine))) / fine**2
         height, width = attention.shape
         y, x = (np.indices((height, width)).T + 0.5).T / np.array([height, width])[:, None, None]
-        distance = np.stack([np.hypot(x - px, y - py) for px, py in points[list(REGIONS[name])]]).min(0)
-        region = distance <= radius
-        lifts.append(attention[region].sum() / region.mean())
+        apart = [other for other in names if not set(REGIONS[other]) & set(REGIONS[name])]
+        for looked_at in apart if others else [name]:
+            distance = np.stack([np.hypot(x - px, y - py) for px, py in points[list(REGIONS[looked_at])]]).min(0)
+            region = distance <= radius
+            lifts.append(attention[region].sum() / region.mean())
     return float(np.mean(lifts)) if lifts else None

@@ -81,4 +81,12 @@ def test_attention_on_landmarks_is_compared_with_even_attention():
     lifted = {"attention": {"au": {"AU12": corner.tolist()}}}
     assert lift_on_landmarks({"findings": lifted, "preprocess": recipe}) > 10
     assert lift_on_landmarks({"findings": lifted, "preprocess": {"recipe": {"kind": "box"}}}) is None
+    assert lift_on_landmarks({"findings": lifted, "preprocess": recipe}, others=True) is None
+    # Both tokens look at a corner of the mouth: AU12 at its own, AU1 at the other's. AU15 shares AU12's landmarks.
+    both = {"attention": {"au": dict.fromkeys(("AU1", "AU12", "AU15"), corner.tolist())}}
+    own = lift_on_landmarks({"findings": both, "preprocess": recipe})
+    others = lift_on_landmarks({"findings": both, "preprocess": recipe}, others=True)
+    mouth = lift_on_landmarks({"findings": lifted, "preprocess": recipe})
+    assert own == pytest.approx(2 / 3 * mouth)  # AU1 looks at no landmark of its own
+    assert others == pytest.approx(1 / 2 * mouth)  # AU1 at AU12's and AU15's, these not at AU1's
     assert all(0 <= point < 68 for points in REGIONS.values() for point in points)
