@@ -167,6 +167,7 @@ def experiment_markdown(
     heads = ["arm"]
     for name in measures:
         heads += [name] + ([f"{name} − {baseline if isinstance(baseline, str) else 'baseline'}"] if baseline else [])
+    heads = [head.replace("|", "\\|") for head in heads]  # as in |cos|
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for arm in arms:
         row = [arm]

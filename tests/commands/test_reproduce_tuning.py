@@ -214,3 +214,9 @@ def test_each_arm_is_compared_with_its_own_baseline() -> None:
     assert rows["b_1"].startswith("+1.000")
     assert rows["b_2"].startswith("+5.000")
     assert rows["a_1"] == rows["a_2"] == ""
+
+
+def test_a_measure_with_bars_in_its_name_is_one_column() -> None:
+    head, rule, row, *_ = experiment_markdown({"|cos|": {"a": {1: 0.5, 2: 0.5}}}, None).splitlines()
+    assert head == "| arm | \\|cos\\| |"
+    assert rule.count("|") == row.count("|") == 3
