@@ -15,6 +15,7 @@ NAMES = sorted(path.stem for path in KEPT.glob("*.md") if path.stem != "README")
 QUOTING = {
     "affect/models/monet/README.md": "monet",
     "affect/models/au_transformer/README.md": "au_transformer",
+    "affect/models/thin/README.md": "thin",
     "affect/tasks/README.md": "rhls",
 }
 ESTIMATE = r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]"
@@ -22,7 +23,8 @@ ESTIMATE = r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]"
 
 def rows(text: str) -> list[list[str]]:
     """Cells of the lines of tables."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    return [[cell.strip().replace("\\|", "|") for cell in line] for line in lines]
 
 
 @pytest.mark.parametrize("name", NAMES)
