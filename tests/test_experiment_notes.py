@@ -15,6 +15,7 @@ NAMES = sorted(path.stem for path in KEPT.glob("*.md") if path.stem != "README")
 QUOTING = {
     "affect/models/monet/README.md": "monet",
     "affect/models/au_transformer/README.md": "au_transformer",
+    "affect/models/pal/README.md": "pal",
     "affect/models/thin/README.md": "thin",
     "affect/tasks/README.md": "rhls",
 }
