@@ -74,7 +74,8 @@ def test_a_terminal_of_80_columns_cuts_and_wraps_nothing():
     named = [record("NME of 98 points = landmarks_98/nme", -0.3, -0.127, 1.0, task="landmarks_98", **WIDE)]
     text = shown(results_table(named), width=80)
     assert "…" not in text, "a long name wraps; numbers do not"
-    assert "[−0.127, 1.000]" in text and "landmarks_98/nme" in text
+    assert "[−0.127, 1.000]" in text
+    assert "landmarks_98/nme" in text
     records += [record("mean_class_accuracy", 0.8, 0.7, 0.9, task=task) for task in ("au", "expression")]
     arms = {"initialised": records, "from scratch": records}
     text = shown(comparison_table(arms), width=80)
