@@ -86,7 +86,11 @@ def test_learnt_deviations_are_read_where_there_are_some() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pal_shortcut", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "pal_shortcut")]
+    "name",
+    [
+        name if name == "pal_shortcut" else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*NAMES, "thin_shapes", "thin_faces_identity")
+    ],
 )
 def test_it_runs_on_the_quick_scale(name: str, tmp_path: Path) -> None:
     paths = [f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}"]

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from affect.commands.configuration import compose, config_directory
-from affect.commands.main import main
 from affect.commands.run_folder import result_hash
 from affect.models.thin.network import Experts
 
@@ -107,17 +103,3 @@ def test_every_arm_composes_and_is_another_run(name: str) -> None:
         cell = compose("train", [f"experiment=controlled/{name}", *found["common"], *overrides])
         hashes.add(result_hash(cell))
     assert len(hashes) == len(found["arms"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["thin_shapes", "thin_faces_identity"])
-def test_it_runs_on_the_quick_scale(name: str, tmp_path: Path) -> None:
-    paths = [f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}"]
-    line = ["reproduce", f"experiment=controlled/{name}", "scale=quick", "callbacks.progress=null", *paths]
-    assert main(line) in (0, None)
-    out = tmp_path / "reproduce" / name / "quick"
-    stored = json.loads((out / "reproduce.json").read_text())
-    assert (out / "figure.png").is_file()
-    for label, cells in stored["measures"].items():
-        found = [value for arm in cells.values() for value in arm["values"].values()]
-        assert any(value is not None and np.isfinite(value) for value in found), label

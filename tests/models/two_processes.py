@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,15 @@ def work(rank: int, folder: str, world: int) -> None:
         torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def in_one_and_in_two(work: Callable[[int, str, int], None], folder: str) -> None:
+    """Call ``work(rank, folder, world)`` in this process alone, and then in two that know of each other."""
     torch.set_num_threads(1)
-    work(0, sys.argv[1], 1)
+    work(0, folder, 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    torch.multiprocessing.start_processes(work, args=(sys.argv[1], 2), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(work, args=(folder, 2), nprocs=2, start_method="fork")
+
+
+if __name__ == "__main__":
+    in_one_and_in_two(work, sys.argv[1])

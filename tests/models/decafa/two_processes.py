@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from affect.data.sampling import EpochSampler, Pool
 from affect.models.decafa import Decafa
 from tests.models.decafa.parts import make, make_batch
-from tests.models.two_processes import Loader, make_trainer
+from tests.models.two_processes import Loader, in_one_and_in_two, make_trainer
 
 SOURCES = {"98": range(8), "68": range(8, 16), "5": range(16, 24)}
 """Three sets of eight faces, each with one scheme."""
@@ -82,9 +81,4 @@ def work(rank: int, folder: str, world: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    work(0, sys.argv[1], 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    torch.multiprocessing.start_processes(work, args=(sys.argv[1], 2), nprocs=2, start_method="fork")
+    in_one_and_in_two(work, sys.argv[1])
