@@ -17,6 +17,7 @@ QUOTING = {
     "affect/models/au_transformer/README.md": "au_transformer",
     "affect/models/pal/README.md": "pal",
     "affect/models/thin/README.md": "thin",
+    "affect/models/task_token_transformer/README.md": "uncertainty",
     "affect/tasks/README.md": "rhls",
 }
 ESTIMATE = r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from affect.report.experiments import Cells, estimate
+
+
+PANELS = 4
+"""Panels beside each other in a figure; more take further lines."""
 
 
 def experiment_figure(measures: Mapping[str, Cells], title: str = "", level: float = 0.95) -> Figure:
@@ -22,9 +27,15 @@ def experiment_figure(measures: Mapping[str, Cells], title: str = "", level: flo
     """
     arms = list(next(iter(measures.values())))
     widest = max(len(arm) for arm in arms)
-    figure = Figure(figsize=(1.2 + 0.075 * widest + 3.4 * len(measures), 1.3 + 0.42 * len(arms)), layout="constrained")
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
-    for panel, (name, cells) in zip(panels, measures.items(), strict=True):
+    lines = math.ceil(len(measures) / PANELS)
+    columns = math.ceil(len(measures) / lines)
+    size = (1.2 + 0.075 * widest + 3.4 * columns, 0.3 + (1.0 + 0.42 * len(arms)) * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for empty in panels[len(measures) :]:
+        empty.remove()
+    for panel, (name, cells) in zip(panels, measures.items(), strict=False):
         for row, arm in enumerate(arms):
             values = np.array([value for value in cells[arm].values() if value is not None], float)
             values = values[np.isfinite(values)]
