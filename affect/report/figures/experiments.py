@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from affect.report.experiments import Cells, estimate
 
-
 PANELS = 4
 """Panels beside each other in a figure; more take further lines."""
 
