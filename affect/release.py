@@ -39,8 +39,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from affect.compression.structure import apply_structure
-from affect.errors import CheckpointError
+from affect.errors import CheckpointError, ConfigError
 from affect.files import replacing, save_tensors
+from affect.geometry import CropRecipe
+from affect.labels import SCHEMES
 from affect.models.base import AffectModule
 from affect.quantization import Quantization
 from affect.tasks import Task
@@ -71,6 +73,9 @@ SPARE_BYTES = 1 << 30
 
 LARGEST_SIDE = 4096
 """Largest side of an input in pixels: every crop takes its square in memory."""
+
+POINTS = "points"
+"""Key of ``preprocess.json``: by landmark scheme the mean position of points in crops, as fractions."""
 
 PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 """Names of tasks and datasets, which become columns and folders."""
@@ -225,7 +230,10 @@ def read_release(folder: Path, trust: Sequence[str] = (), what: str = "checkpoin
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODEL}: damaged ({error})") from error
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_complex():
+            raise CheckpointError(f"{folder / MODEL}: tensor {name} holds complex numbers, which no model has")
+        # As a model holds them: a number of 64 bits may become infinite there.
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             raise CheckpointError(f"{folder / MODEL}: tensor {name} holds values that are not finite")
     config["model"] = _without_weights(config["model"])
     return Release(folder, config, labels, preprocess, metrics, state, people, training)
@@ -394,6 +402,30 @@ def _check_preprocess(preprocess: Any, where: str) -> None:  # noqa: ANN401
         )
     if recipe is not None and not (isinstance(recipe, dict) and isinstance(recipe.get("kind"), str)):
         raise CheckpointError(f"{where}: recipe must be null or a crop recipe with its kind")
+    if recipe is not None:
+        try:
+            made = CropRecipe.read(recipe)
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {_first_line(error)}") from error
+        if max(made.size, made.stored, made.window) > LARGEST_SIDE:
+            raise CheckpointError(f"{where}: recipe asks for crops of more than {LARGEST_SIDE} px")
+    points = preprocess.get(POINTS)
+    if points is not None and not (isinstance(points, dict) and all(map(_are_points, points, points.values()))):
+        raise CheckpointError(f"{where}: {POINTS} must give two numbers for each point of a landmark scheme")
+
+
+def _are_points(scheme: str, points: Any) -> bool:  # noqa: ANN401
+    """Return whether the values of a stranger are the points of a landmark scheme, as fractions of a crop."""
+    if not isinstance(points, list) or not points:
+        return False
+    if scheme in SCHEMES and len(points) != SCHEMES[scheme].points:
+        return False
+    return all(isinstance(point, list) and len(point) == 2 and all(map(_is_fraction, point)) for point in points)
+
+
+def _is_fraction(value: Any) -> bool:  # noqa: ANN401
+    """Return whether a value is a number near a crop: the mean of points may lie outside, but not far (NaN is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 100
 
 
 def check_config(
@@ -504,6 +536,8 @@ def build_tasks(release: Release) -> dict[str, Task]:
             tasks[name] = instantiate(node, _convert_="object")
         except Exception as error:
             raise CheckpointError(f"{release.folder / CONFIG}: task {name}: {_inner(error)}") from error
+        if not isinstance(tasks[name], Task):
+            raise CheckpointError(f"{release.folder / CONFIG}: task {name} names no task (_target_)")
         if list(tasks[name].outputs) != list(release.labels[name]):
             raise CheckpointError(
                 f"{release.folder / LABELS}: outputs of {name} are not those of its config "
@@ -541,14 +575,21 @@ def build_float_model(release: Release, tasks: Mapping[str, Task]) -> AffectModu
     factor = 64 if COMPRESSION in release.config else 2
     try:
         with _Limited(factor * stored + SPARE_BYTES):
-            return instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
+            built = instantiate(release.config["model"], _partial_=True, _convert_="object")(tasks=dict(tasks))
     except Exception as error:
         raise CheckpointError(f"{release.folder / CONFIG}: model: {_inner(error)}") from error
+    if not isinstance(built, AffectModule):  # an encoder, a metric
+        raise CheckpointError(f"{release.folder / CONFIG}: model: {type(built).__name__} is no model of ours")
+    return built
 
 
 def _quantize(module: AffectModule, release: Release) -> None:
     """Quantize a new model as the one was whose weights will be loaded."""
     where = f"{release.folder / CONFIG}: {QUANTIZATION}"
+    for name, encoder in module.encoder_modules():
+        size = getattr(encoder, "image_size", None)
+        if isinstance(size, int) and size > LARGEST_SIDE:  # capturing runs it once on images of that size
+            raise CheckpointError(f"{where}: {name} takes images of {size} px; at most {LARGEST_SIDE} are read")
     try:
         quantization = instantiate(release.config[QUANTIZATION], _convert_="object")
         if not isinstance(quantization, Quantization):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from affect.commands import compress, evaluate
 from affect.encoders import TimmEncoder
 from affect.errors import CheckpointError
 from affect.models.baseline import Baseline
@@ -67,6 +68,9 @@ def test_a_good_release_builds(folder: Path) -> None:
         (("model", "encoder", "_partial_"), True, "key model.encoder._partial_ is not allowed"),
         (("model", "encoder", "name"), "${oc.env:HOME}", "interpolation is not allowed"),
         (("model", "encoder", "name"), "hf-hub:someone/model", "paths and addresses"),
+        (("model", "encoder", "name"), "hf_hub:someone/model", "unknown to timm"),
+        (("model", "encoder", "name"), "HF-HUB:someone/model", "unknown to timm"),
+        (("model", "encoder", "name"), "Local-Dir:weights", "unknown to timm"),
         (("model", "encoder", "name"), "https://example.org/x", "paths and addresses"),
         (("model", "encoder", "arguments"), {"pretrained_cfg": {"file": "/etc/passwd"}}, "paths and addresses"),
         (("model", "encoder", "name"), "../../x", "paths and addresses"),
@@ -80,6 +84,10 @@ def test_a_good_release_builds(folder: Path) -> None:
         (("model", "encoder", "name"), "resnet18", "does not fit its config"),
         (("model", "no_such_argument"), 3, "no_such_argument"),
         (("task", "au", "aus"), [1, 4], "outputs of au are not those of its config"),
+        (("task", "au"), None, "task au names no task"),
+        (("task", "au"), ["AU1", "AU2"], "task au names no task"),
+        (("task", "au"), {"_target_": "affect.metrics.F1"}, "task au names no task"),
+        (("model", "_target_"), "affect.metrics.F1", "model: "),
     ],
 )
 def test_a_config_that_names_what_it_may_not_is_refused(folder: Path, keys: tuple, value: object, message: str) -> None:
@@ -115,6 +123,21 @@ def test_weights_that_are_not_finite_are_refused(folder: Path) -> None:
     state["head.linear.au.bias"][0] = torch.nan
     save_file(state, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"tensor head.linear.au.bias holds values that are not finite"):
+        read_release(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.full((2,), 1e300, dtype=torch.float64), "not finite"),  # finite in the file, not in the model
+        (torch.full((2,), torch.nan).to(torch.complex64), "complex numbers"),
+        (torch.full((2,), torch.nan).to(torch.float8_e5m2), "not finite"),
+    ],
+)
+def test_kinds_of_numbers_hide_no_values_that_are_not_finite(folder: Path, tensor: torch.Tensor, message: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"head.linear.au.bias": tensor}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor head.linear.au.bias holds .*{message}"):
         read_release(folder)
 
 
@@ -230,12 +253,23 @@ def test_weights_are_off_in_every_node_of_a_model() -> None:
         "{}",
         *(f'{{"image_size": {size}}}' for size in ('"32"', "0", "1000000")),
         '{"image_size": 32, "recipe": 3}',
+        '{"image_size": 32, "recipe": {"kind": "box", "margin": "wide"}}',
+        '{"image_size": 32, "recipe": {"kind": "box", "margin": NaN}}',
+        '{"image_size": 32, "recipe": {"kind": "box", "size": Infinity}}',
+        '{"image_size": 32, "recipe": {"kind": "box", "size": 1000000}}',
+        '{"image_size": 32, "recipe": {"kind": "box", "stored": 1000000}}',
+        '{"image_size": 32, "recipe": {"kind": "box", "cache": "/"}}',
+        '{"image_size": 32, "points": [[0.5, 0.5]]}',
+        '{"image_size": 32, "points": {"68": [[0.5, 0.5]]}}',
+        '{"image_size": 32, "points": {"5": [[0.5, NaN], [0, 0], [0, 1], [1, 0], [1, 1]]}}',
+        '{"image_size": 32, "points": {"own": [["x", 0]]}}',
     ],
 )
 def test_strange_preprocessing_is_refused(folder: Path, text: str) -> None:
     (folder / "preprocess.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"preprocess.json: "):
+    with pytest.raises(CheckpointError, match=r"preprocess.json: ") as error:
         read_release(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_is_no_release_and_the_key_is_named(folder: Path) -> None:
@@ -361,6 +395,26 @@ def test_a_text_that_would_take_for_ever_is_refused(folder: Path, text: str, mes
     with pytest.raises(CheckpointError, match=message) as error:
         read_release(folder)
     assert "\n" not in str(error.value)
+
+
+def test_the_config_of_a_strangers_run_takes_no_time_either(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "theirs"
+    shutil.copytree(folder, run / "release")
+    many = "".join(f"  a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 40))
+    for node, ask in (("dataset", evaluate.stored_run), ("task", compress.with_losses)):
+        (run / "config.yaml").write_text(f"protocol: {{}}\n{node}:\n  a0: &a0 [1, 1]\n{many}")
+        with pytest.raises(CheckpointError, match="stands for more than 5000000 values") as error:
+            ask(read_release(run), [])
+        assert "\n" not in str(error.value)
+
+
+def test_a_quantized_model_of_huge_images_is_not_captured(folder: Path) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["quantization"] = {"_target_": "affect.quantization.Quantization", "weights": 8, "activations": 8}
+    config["model"]["encoder"]["image_size"] = 1 << 20
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match="quantization: encoder takes images of 1048576 px"):
+        build(folder)
 
 
 def test_texts_of_any_size_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

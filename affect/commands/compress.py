@@ -45,6 +45,7 @@ from affect.release import (
     build_model,
     build_tasks,
     check_config,
+    read_plain,
     read_release,
     write_release,
 )
@@ -175,15 +176,15 @@ def require_free_of_others(out: Path, force: bool) -> None:
 def with_losses(release: Release, trust: list[str]) -> dict[str, Task]:
     """Return the tasks of a release, with the losses of its run where it lies in one."""
     path = release.folder.parent / CONFIG
-    loaded = OmegaConf.load(path) if path.is_file() else None
-    nodes = OmegaConf.to_container(loaded.task) if isinstance(loaded, DictConfig) and "task" in loaded else {}
-    assert isinstance(nodes, dict)
+    loaded = read_plain(path) if path.is_file() else None
+    nodes = loaded.get("task") if isinstance(loaded, dict) else None
+    nodes = nodes if isinstance(nodes, dict) else {}
     added: dict[str, Any] = {}
     for name, node in release.config["task"].items():
         stored = nodes.get(name)
         losses = {k: stored[k] for k in ("loss", "target") if stored.get(k)} if isinstance(stored, dict) else {}
         check_config(losses, [*trust, "affect.losses"], str(path), f"task.{name}")
-        added[str(name)] = {**node, **losses}
+        added[str(name)] = {**node, **losses} if isinstance(node, dict) else node
     return build_tasks(replace(release, config={**release.config, "task": added}))
 
 

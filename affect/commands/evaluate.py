@@ -34,7 +34,7 @@ from affect.foreign import (
 from affect.foreign.packaged import PackagedRelease
 from affect.geometry import CropRecipe
 from affect.metrics import F1
-from affect.release import MODEL, PREPROCESS, Release, build_tasks, check_config
+from affect.release import MODEL, PREPROCESS, Release, build_tasks, check_config, read_plain
 from affect.report import environment, provenance, read_json, results_table, subgroup_tables, write_json
 from affect.report.provenance import ON_TEST
 from affect.tasks import Task
@@ -409,11 +409,10 @@ def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
     if isinstance(release, Program | PackagedRelease):
         return None
     path = release.folder.parent / CONFIG
-    loaded = OmegaConf.load(path) if path.is_file() else None
-    if not isinstance(loaded, DictConfig) or "dataset" not in loaded or "protocol" not in loaded:
+    # As plain values: OmegaConf copies a node wherever it is named, which a few lines can make last for ever.
+    plain = read_plain(path) if path.is_file() else None
+    if not isinstance(plain, dict) or "dataset" not in plain or "protocol" not in plain:
         return None
-    plain = OmegaConf.to_container(loaded, resolve=False)
-    assert isinstance(plain, dict)
     rule = str(plain.get("selection") or "best_val")
     kept = {"dataset": plain["dataset"], "protocol": plain["protocol"], "selection": rule, "data": {"limit": None}}
     if plain.get("prepare"):

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from affect.commands.predictor import POINTS, points_in_crops, prediction_recipe
+from affect.commands.predictor import points_in_crops, prediction_recipe
 from affect.data.batch import FaceBatch
 from affect.errors import CheckpointError, ConfigError, near
 from affect.foreign.opening import build_inference_model
 from affect.geometry import CropLandmarks, FaceDetector, FaceFinder, TwoStageFinder
 from affect.geometry.providers import FINDERS, build_detector
 from affect.models.base import AffectModule
-from affect.release import CONFIG, MODEL, Release, build_tasks, read_release
+from affect.release import CONFIG, MODEL, POINTS, Release, build_tasks, read_release
 from affect.tasks import Task
 
 TYPICAL_FACES = 256

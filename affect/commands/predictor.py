@@ -25,14 +25,11 @@ from affect.foreign.opening import build_predictor
 from affect.geometry import CropRecipe, FaceObservation, invert, transform_points
 from affect.geometry.providers import coarser_points, upright_crops
 from affect.geometry.tracking import Clock, no_clock
-from affect.release import PREPROCESS, build_tasks
+from affect.release import POINTS, PREPROCESS, build_tasks
 from affect.tasks import Task
 
 BOX_MARGIN = 0.1
 """Added on each side of a face's box, as a fraction of it, for a model that was trained on delivered crops."""
-
-POINTS = "points"
-"""Key of a release's ``preprocess.json``: by landmark scheme the mean position of points in crops, as fractions."""
 
 SCHEMES = ("98", "68", "5")
 """Schemes that upright crops can be cut by, from fine to coarse."""

@@ -51,7 +51,6 @@ from affect.commands.distributed import (
     wait_for_all,
 )
 from affect.commands.landmarks import TYPICAL_FACES, typical_points
-from affect.commands.predictor import POINTS
 from affect.commands.run_folder import (
     RESULTS,
     SELECTION,
@@ -74,7 +73,7 @@ from affect.data.protocol import SELECTIONS, TEST, TRAIN, VALIDATION, known_peop
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
 from affect.models.base import AffectModule, Batch
-from affect.release import build_tasks, read_release, with_statistics, write_release
+from affect.release import POINTS, build_tasks, read_release, with_statistics, write_release
 from affect.report import (
     comparison_table,
     environment,

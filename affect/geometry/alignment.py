@@ -33,6 +33,7 @@ Interpolation = Literal["linear", "cubic", "lanczos", "nearest"]
 Kind = Literal["none", "box", "similarity"]
 PointSet = Literal["inner_51", "inner_49", "eyes_mouth_5", "eyes_2", "all_68"]
 
+_NUMBERS = (int, float, np.integer, np.floating)
 _BORDERS = {"constant": cv2.BORDER_CONSTANT, "replicate": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT_101}
 _INTERPOLATIONS = {
     "linear": cv2.INTER_LINEAR,
@@ -273,14 +274,15 @@ class CropRecipe:
                 raise ConfigError(f"recipe.{key}={value!r}: {near(str(value), get_args(options))}")
         for key, least in (("size", 1), ("stored", 0), ("window", 0)):
             value = getattr(self, key)
-            if isinstance(value, bool) or int(value) != value or value < least:
+            whole = isinstance(value, _NUMBERS) and not isinstance(value, bool) and least <= value < 1e9
+            if not whole or int(value) != value:
                 raise ConfigError(f"recipe.{key}={value!r} must be a whole number of pixels, at least {least}")
             object.__setattr__(self, key, int(value))
         if self.window > self.stored:
             raise ConfigError(
                 f"recipe.window={self.window} must lie inside the stored crop, which has stored={self.stored} pixels"
             )
-        if not -0.5 < self.margin < 100:
+        if not isinstance(self.margin, _NUMBERS) or not -0.5 < self.margin < 100:
             raise ConfigError(f"recipe.margin={self.margin!r} must lie above -0.5 (a fraction of the face's square)")
         object.__setattr__(self, "margin", float(self.margin))
 
