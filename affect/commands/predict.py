@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from tqdm import tqdm
@@ -31,6 +32,7 @@ from affect.data.video import FrameSource, batches, open_input
 from affect.errors import ConfigError, DataError, near
 from affect.geometry import CropRecipe, FaceFinder
 from affect.geometry.tracking import FaceFollower, TrackedFace, find_faces, split_finder
+from affect.labels import SCHEMES
 from affect.report.figures import save
 from affect.report.predictions import PredictionsWriter
 from affect.report.provenance import decision_texts
@@ -149,6 +151,7 @@ def run(config: DictConfig) -> None:
     sources = open_input(config.input, [out / ANNOTATED, out / TIMELINES])
     predictor = open_predictor(str(config.checkpoint), list(config.trust), chosen_adapter(config))
     finder = assembly.make(config.finder, "finder")
+    require_points(predictor.recipe, finder)
     moving = any(source.moving for source in sources)
     if predictor.delivered:
         by_box = f"each face's box with a margin of {BOX_MARGIN:.0%} is cropped"
@@ -255,6 +258,25 @@ def points_scheme(finder: FaceFinder) -> str:
     """Return the scheme of a finder's points."""
     stages = split_finder(finder)
     return str(getattr(finder if stages is None else stages[1], "scheme", "68"))
+
+
+def require_points(recipe: CropRecipe, finder: FaceFinder) -> None:
+    """Refuse a finder whose points cannot align the crops of a checkpoint, before any frame is read.
+
+    Raises:
+        ConfigError: If there are too few of them.
+    """
+    scheme = points_scheme(finder)
+    if recipe.needs != "landmarks" or scheme not in SCHEMES:
+        return
+    count = SCHEMES[scheme].points
+    try:
+        recipe.usable(points=np.zeros((1, count, 2)))
+    except DataError as error:
+        raise ConfigError(
+            f"finder: it gives {count} points of a face, and the checkpoint's crops are aligned by {recipe.points}, "
+            "which cannot be had from them; take a finder of 68 points, e.g. finder=faceapi"
+        ) from error
 
 
 def describe(config: DictConfig, predictor: Predictor, finder: FaceFinder) -> dict[str, Any]:

@@ -9,6 +9,7 @@ finds a face in anything, so a face is followed only while its pixels look like 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from affect.errors import ConfigError
+from affect.errors import ConfigError, DataError
 from affect.geometry.alignment import CropRecipe, similarity, transform_points
 from affect.geometry.faceapi import overlaps
 from affect.geometry.providers import (
@@ -153,11 +154,18 @@ def follow_box(
 # -------------------------------------------------------------------------------------------------- following
 
 _PATCH = CropRecipe(name="patch", kind="similarity", size=24, margin=0.0, border="replicate")
+_PATCH_5 = dataclasses.replace(_PATCH, points="eyes_mouth_5")
 
 
 def face_patch(image: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the aligned grey pixels of a face ``(576,)`` with mean 0 and norm 1 (0 for a flat patch)."""
-    grey = _PATCH.crop(image, _PATCH.matrix(landmarks=points)).astype(np.float64).mean(-1).reshape(-1)
+    """Return the aligned grey pixels of a face ``(576,)`` with mean 0 and norm 1.
+
+    It is 0 for a flat patch, and where points are unknown or in one place: such a face is like none.
+    """
+    recipe = _PATCH_5 if len(points) == 5 else _PATCH
+    if not recipe.usable(points[None])[0]:
+        return np.zeros(recipe.size**2)
+    grey = recipe.crop(image, recipe.matrix(landmarks=points)).astype(np.float64).mean(-1).reshape(-1)
     grey -= grey.mean()
     norm = float(np.linalg.norm(grey))
     return grey / norm if norm > 1e-6 else np.zeros_like(grey)
@@ -284,7 +292,10 @@ class FaceFollower:
         assert self.provider is not None
         with self.clock("landmarks"):
             points = read_landmarks(self.provider, [image] * len(live), np.array([track.box for track in live]))
-            boxes = [follow_box(track.box, track.points, new) for track, new in zip(live, points, strict=True)]
+            try:
+                boxes = [follow_box(track.box, track.points, new) for track, new in zip(live, points, strict=True)]
+            except DataError:  # unknown points, or all of them in one place, which no box can follow
+                return None
             if not all(self._same(image, *each) for each in zip(live, boxes, points, strict=True)):
                 return None
         faces = []

@@ -12,6 +12,7 @@ import pytest
 from affect.errors import ConfigError
 from affect.geometry import Detection, FaceObservation, TwoStageFinder
 from affect.geometry.faceapi import overlaps
+from affect.geometry.providers import coarser_points
 from affect.geometry.templates import FACE_68
 from affect.geometry.tracking import FaceFollower, assign, find_faces, follow_box
 
@@ -165,6 +166,37 @@ def test_a_second_face_gets_its_own_number_at_the_next_detection() -> None:
 def test_a_frame_without_pixels_has_no_face_and_ends_nothing() -> None:
     found, _ = followed([scene((10, 20, 0)), None, scene((11, 20, 0))], detect_every=10)
     assert tracks(found) == [[0], [], [0]]
+
+
+class Fewer(Provider):
+    """Five points, as some landmark networks give."""
+
+    scheme = "5"
+
+    def landmarks(self, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        return coarser_points(super().landmarks(image, boxes), "68", "5")
+
+
+def test_faces_are_followed_by_five_points() -> None:
+    images = [scene((10 + 2 * k, 30, 0)) for k in range(8)]
+    detector = Detector()
+    found = FaceFollower(TwoStageFinder(detector, Fewer()), detect_every=8).find(images)
+    assert tracks(found) == [[0]] * 8
+    assert detector.looks == 1
+
+
+@pytest.mark.parametrize("nowhere", [np.nan, 7.0])
+def test_points_that_follow_nothing_let_every_frame_be_searched(nowhere: float) -> None:
+    class Lost(Provider):
+        """Knows no point, or puts all of them into one place, as networks do that learnt nothing."""
+
+        def landmarks(self, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+            return np.full((len(boxes), 68, 2), nowhere)
+
+    detector = Detector()
+    found = FaceFollower(TwoStageFinder(detector, Lost()), detect_every=4).find([scene((10, 30, 0))] * 6)
+    assert tracks(found) == [[0]] * 6
+    assert detector.looks == 6
 
 
 def test_a_finder_in_one_step_looks_at_every_frame() -> None:
