@@ -80,6 +80,7 @@ def note(
         bar_limits=limits,
         number=number,
         further={name: sets[name] for name in further},
+        points_name=finest,
     )
 
 

@@ -25,10 +25,10 @@ from affect.commands.face_pictures import note
 from affect.commands.predictor import open_predictor, prediction_recipe, read_faces
 from affect.data.table import FaceTable
 from affect.data.video import ImageFiles, open_input
-from affect.errors import CheckpointError, DataError
-from affect.geometry import CropRecipe, FaceApiFinder, FaceObservation
+from affect.errors import CheckpointError, ConfigError, DataError
+from affect.geometry import CropRecipe, FaceApiFinder, FaceObservation, TwoStageFinder
 from affect.release import build_model, build_tasks, read_release, write_release
-from affect.tasks import AUIntensity, AUOccurrence, Task
+from affect.tasks import AUIntensity, AUOccurrence, Landmarks, Task
 from examples.my_extension.task import PainLevel
 from tests.models.test_base import make_module
 
@@ -234,6 +234,45 @@ def test_a_checkpoint_that_is_none_is_an_error(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"no model\.safetensors in it"):
         predict.run(config(compose, tmp_path, photographs, tmp_path / "out"))
+
+
+class FivePoints:
+    """A detector and landmark provider of five points, which nothing may ask for faces."""
+
+    scheme = "5"
+
+    def detect(self, image: np.ndarray) -> list:
+        raise AssertionError("no frame is to be read")
+
+    def landmarks(self, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        raise AssertionError("no frame is to be read")
+
+
+def test_a_finder_of_too_few_points_is_refused_before_the_work_starts(
+    compose: Callable[..., DictConfig],
+    release: Path,
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = FivePoints()
+    monkeypatch.setattr(predict.assembly, "make", lambda *_: TwoStageFinder(few, few))
+    with pytest.raises(ConfigError, match=r"gives 5 points .* aligned by inner_51.*finder=faceapi") as error:
+        predict.run(config(compose, release, photographs, tmp_path / "out"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    # Five points are enough for others.
+    for recipe in (CropRecipe(points="eyes_mouth_5"), CropRecipe(kind="box"), CropRecipe(kind="none")):
+        predict.require_points(recipe, TwoStageFinder(few, few))
+
+
+def test_sets_of_points_of_a_model_are_named_by_their_colours() -> None:
+    tasks: dict[str, Task] = {"fine": Landmarks("98"), "coarse": Landmarks("68")}
+    row = {"landmarks_98": np.arange(196.0), "landmarks_68": np.arange(136.0)}
+    drawn = note(FaceObservation(np.array([0.0, 0, 4, 4]), 1.0, np.zeros((68, 2))), row, tasks)
+    assert drawn.points is not None
+    assert len(drawn.points) == 98
+    assert (drawn.points_name, list(drawn.further)) == ("98 points", ["68 points"])
 
 
 def test_a_task_from_outside_is_drawn_as_it_says() -> None:

@@ -33,6 +33,7 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 _INK, _MUTED, _BAR, _DOT = _rgb(style.INK), _rgb(style.MUTED), _rgb(style.BLUE), _rgb(style.VERMILLION)
 _BOX, _POINT = (255, 255, 255), _rgb(style.SKY)
+_POINT_NAME = "blue"
 _FURTHER = (("orange", _rgb(style.ORANGE)), ("green", _rgb(style.GREEN)), ("pink", _rgb(style.PURPLE)))
 """Colours of further sets of points, in turn."""
 
@@ -45,6 +46,7 @@ class FaceNote:
         box: ``x1 y1 x2 y2`` in pixels of the picture, first pixel centre at 0.
         points: ``(P, 2)`` in pixels of the picture; NaN points are left out.
         further: Further sets of points by name, each ``(P, 2)``: drawn in colours of their own, which a line names.
+        points_name: What ``points`` are, named beside their colour where there are further sets.
         expression: Name of the most probable class and its probability; a probability of NaN is not written.
         bars: Values by name, e.g. action units; the largest are drawn as bars.
         bar_limit: Value of a full bar: 1 for probabilities and coefficients, 5 for intensities.
@@ -64,6 +66,7 @@ class FaceNote:
     bar_limits: Mapping[str, float] = field(default_factory=dict)
     number: int | None = None
     further: Mapping[str, np.ndarray] = field(default_factory=dict)
+    points_name: str = "points"
 
 
 def annotate_face(
@@ -261,6 +264,8 @@ def _card_rows(face: FaceNote, top: int) -> list[_Row]:
     if face.affect is not None and all(math.isfinite(value) for value in face.affect):
         rows.append(_Circle(float(face.affect[0]), float(face.affect[1])))
     rows += [_Line(part) for line in face.lines for part in str(line).splitlines() or [""]]
+    if face.further and face.points is not None:
+        rows.append(_Line(face.points_name, _POINT_NAME))
     rows += [_Line(name, _FURTHER[k % len(_FURTHER)][0]) for k, name in enumerate(face.further)]
     return rows or [_Line("nothing to show")]
 

@@ -107,11 +107,13 @@ def test_sets_of_points_have_colours_of_their_own_which_are_named(written):
         "5 points": np.array([(300.0, 200), (math.nan, 3)]),
         "none": np.empty((0, 2)),
     }
-    result = annotate_faces(image, [FaceNote([50, 50, 350, 350], np.array([(200.0, 100)]), further=sets)])
+    points = np.array([(200.0, 100)])
+    result = annotate_faces(image, [FaceNote([50, 50, 350, 350], points, further=sets, points_name="98 points")])
     colours = [tuple(result[y, x]) for x, y in ((200, 100), (100, 200), (300, 200))]
     assert colours == [annotate._POINT, annotate._FURTHER[0][1], annotate._FURTHER[1][1]]
     said = [text for text, *_ in written["texts"]]
-    assert [said[said.index(name) + 1] for name in sets] == ["orange", "green", "pink"]
+    assert [said[said.index(name) + 1] for name in ("98 points", *sets)] == ["blue", "orange", "green", "pink"]
+    assert annotate._POINT[2] > max(annotate._POINT[:2]), "blue"
     with pytest.raises(DataError, match=r"points of shape \(3,\)"):
         annotate_faces(image, [FaceNote(further={"odd": np.zeros(3)})])
 
