@@ -27,6 +27,8 @@ from affect.errors import DataError
 from affect.files import replacing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+COUNTED_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".3gp")
+"""Videos whose containers say how many frames they hold; of others OpenCV guesses it from their duration."""
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".3gp")
 
 
@@ -127,7 +129,7 @@ class VideoFile:
     def __init__(self, path: Path, root: Path | None = None) -> None:
         self.path, self.root = path, path.parent if root is None else root
         self.name = os.path.relpath(path, self.root)
-        self._delivered = 0
+        self._delivered, self._end = 0, 0.0
         self.length: int | None = None
         self.rate: float | None = None
         try:
@@ -153,10 +155,12 @@ class VideoFile:
 
     def frames(self) -> Iterator[Frame]:
         capture = self._open()
-        count, decoded = 0, False
+        count, decoded, last = 0, False, 0.0
         try:
             for index, timestamp, image in _grabbed(capture, lambda: capture.get(cv2.CAP_PROP_POS_MSEC) / 1000):
                 count, decoded = index + 1, decoded or image is not None
+                if timestamp is not None:  # a frame is taken to last as long as the one before it
+                    self._end, last = 2 * timestamp - last, timestamp
                 yield Frame(index, timestamp, image, self.name)
         finally:
             capture.release()
@@ -168,6 +172,9 @@ class VideoFile:
         missing = (self.length or 0) - self._delivered
         if missing <= 0 or not self._delivered:  # nothing is known of a video that was not read to its end
             return []
+        guessed = self.path.suffix.lower() not in COUNTED_SUFFIXES
+        if guessed and self.rate and self._end * self.rate >= (self.length or 0) - 1:
+            return []  # it was read to its end: the rate varies, so the guess is wrong
         return [f"{self.name}: {missing} of {self.length} frames that the container announces could not be read"]
 
 

@@ -93,6 +93,41 @@ def test_frames_that_the_container_announces_and_does_not_have_are_told(tmp_path
     assert stopped.notes() == [], "nothing is known of a video that was not read to its end"
 
 
+def slow_down(path: Path, first: int, milliseconds: int) -> None:
+    """Let the frames of a WebM file of 25 a second from number ``first`` on last so long: a variable frame rate."""
+    data, k, end = bytearray(path.read_bytes()), 0, 0
+    at = data.index(b"\x1f\x43\xb6\x75")  # the cluster
+    while (at := data.find(b"\xa3", at + 1)) >= 0:  # a simple block: its size, its track, its time in the cluster
+        wide = 9 - data[at + 1].bit_length()
+        size = int.from_bytes(data[at + 1 : at + 1 + wide], "big") & (1 << 7 * wide) - 1
+        track = at + 1 + wide
+        if data[track] != 0x81 or track + size > len(data):
+            continue
+        (time,) = struct.unpack(">h", data[track + 1 : track + 3])
+        start = time + max(k - first, 0) * (milliseconds - 40)
+        data[track + 1 : track + 3] = struct.pack(">h", start)
+        at, k, end = track + size - 1, k + 1, start + milliseconds
+    duration = data.index(b"\x44\x89\x88") + 3
+    data[duration : duration + 8] = struct.pack(">d", end)
+    path.write_bytes(data)
+
+
+def test_a_guess_of_the_number_of_frames_is_no_announcement(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "a.webm", 20, "VP80")
+    slow_down(path, first=10, milliseconds=120)
+    source = VideoFile(path)
+    times = [frame.timestamp for frame in source.frames()]
+    assert times == pytest.approx([*(0.04 * np.arange(11)), *(0.4 + 0.12 * np.arange(1, 10))], abs=2e-3)
+    assert source.length == 40, "the duration times the rate"
+    assert source.notes() == [], "all of its frames were read"
+    cut = tmp_path / "cut.webm"
+    cut.write_bytes(path.read_bytes()[: len(path.read_bytes()) * 3 // 4])
+    source = VideoFile(cut)
+    assert 5 < len(list(source.frames())) < 20
+    [note] = source.notes()
+    assert "could not be read" in note
+
+
 def test_a_frame_that_cannot_be_decoded_is_a_frame_without_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     class Capture:
         def __init__(self, *_: object) -> None:
