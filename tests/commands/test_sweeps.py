@@ -395,11 +395,28 @@ def test_the_guide_for_clusters_names_commands_files_and_keys_that_exist():
             if command == "collect":  # where the name of a key is that of a group too
                 settings = [word.replace("sweep=", "folder=") for word in settings]
             hydra.compose_config(command, settings, RunMode.MULTIRUN)
-        spans = set(re.findall(r"`([a-z_/]+(?:\.[a-z_]+)*=[^`…<$]+)`", text))
-        choices = {tuple(word.split("=")) for span in spans for word in shlex.split(span) if "/" in word.split("=")[0]}
-        assert choices
+        spans = [
+            span
+            for span in re.findall(r"`([^`\n]*=[^`]*)`", text)
+            if not re.search(r"[<$]|^(affect|change|by)\b", span)
+        ]
+        words = {key: word for span in spans for word in shlex.split(span) for key in [word.partition("=")[0]]}
+        choices = [
+            (key, name)
+            for key, _, value in (word.partition("=") for span in spans for word in shlex.split(span))
+            if hydra.config_loader.get_group_options(key)
+            for name in value.strip("[]").split(",")
+            if name
+        ]
+        assert {("hydra/launcher", "slurm"), ("trainer", "fsdp"), ("logger", "wandb"), ("sweep", "bp4d_folds")} <= {
+            *choices
+        }
         for group, name in choices:
             assert name in hydra.config_loader.get_group_options(group), (group, name)
+        written = [word for key, word in words.items() if "." in key]
+        asked = hydra.compose_config("train", ["hydra/launcher=slurm", *written], RunMode.MULTIRUN)
+        assert asked.hydra.launcher.additional_parameters == {"mail-type": "FAIL"}
+        assert asked.hydra.launcher.setup == ["module load cuda"]
         whole = hydra.compose_config("train", ["hydra/launcher=slurm"], RunMode.MULTIRUN)
         keys = set(
             re.findall(r"(?:trainer|data|compile|optimizer|hydra|callbacks|learning_rate_scaling)\.[a-z_.]+", text)
@@ -407,6 +424,17 @@ def test_the_guide_for_clusters_names_commands_files_and_keys_that_exist():
         absent = object()
         missing = {key for key in keys if OmegaConf.select(whole, key.rstrip("."), default=absent) is absent}
         assert missing == {"hydra.launcher.n_jobs", "hydra.sweeper.n_jobs"}  # of joblib and of Optuna
+    (first,) = [line for line in lines if "sweep=faces_folds" in line]
+    (folder,) = set(re.findall(r"runs/sweeps/faces_folds-[0-9a-f]{8}", text))
+    assert configuration.sweep_folder("train", shlex.split(first)[3:], None) == folder
+
+
+def test_the_lines_of_the_guide_keep_seeds_whole():
+    """Hydra varies last what is written first: a sweep that is stopped early has every test part of its first seeds."""
+    text = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text().replace("\\\n", " ")
+    swept = [re.findall(r"(\S+?)=\S*,", line) for line in re.findall(r"affect train -m [^`\n]*", text)]
+    assert ["seed", "protocol.test"] in swept
+    assert all(keys.index("seed") == 0 for keys in swept if "seed" in keys)
 
 
 def test_sources_follow_the_test_part_of_a_sweep():
@@ -439,6 +467,13 @@ def test_shipped_launchers_have_the_keys_of_their_classes(name):
     known = config.SlurmQueueConf if name == "slurm" else config.LocalQueueConf
     assert target.__name__ in ("SlurmLauncher", "LocalLauncher")
     assert set(node) == set(known.__dataclass_fields__)
+
+
+def test_any_option_of_sbatch_may_be_given(tmp_path):
+    slurm = pytest.importorskip("submitit.slurm.slurm")
+    for given, expected in ((None, 0), ({"mail-type": "FAIL"}, 1)):
+        text = slurm._make_sbatch_string("true", tmp_path, additional_parameters=given)
+        assert text.count("#SBATCH --mail-type=FAIL\n") == expected
 
 
 def test_a_launcher_that_has_no_slurm_says_so(calls, shipped, capsys, monkeypatch, tmp_path):
