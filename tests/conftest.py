@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,24 @@ import torch
 from omegaconf import DictConfig
 
 torch.set_num_threads(1)
+
+
+def pytest_collection() -> None:
+    """Look for no garbage while modules are imported: what they make stays."""
+    gc.disable()
+
+
+def pytest_runtestloop() -> None:
+    """Collect garbage from here on, without walking through all that the imports have made each time."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the interpreter clear its modules as ever: libraries look for what stayed behind."""
+    gc.unfreeze()
+
 
 SMALL = (
     "debug=fast",

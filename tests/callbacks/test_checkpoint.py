@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from affect.callbacks import AtomicCheckpointIO, EarlyStopping, LastCheckpoint
 from affect.callbacks.checkpoint import is_due
-from affect.callbacks.seeding import step_seed
+from affect.callbacks.seeding import SeedEachStep, step_seed
 from affect.errors import CheckpointError, ConfigError
 
 
@@ -43,6 +45,19 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_steps_have_seeds_of_their_own() -> None:
     seeds = {step_seed(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(2)}
     assert len(seeds) == 400
+
+
+def test_each_process_draws_for_its_part_of_the_batch() -> None:
+    """Orders of MONET, dropout: of the same step again the same, of another process others."""
+
+    def drawn(rank: int, batch: int) -> torch.Tensor:
+        trainer: Any = SimpleNamespace(current_epoch=0, global_rank=rank)
+        SeedEachStep(1).on_train_batch_start(trainer, None, None, batch)  # type: ignore[arg-type]
+        return torch.rand(8)
+
+    draws = {(rank, batch): drawn(rank, batch) for rank in (0, 1) for batch in (0, 1)}
+    assert all(torch.equal(drawn(*key), value) for key, value in draws.items())
+    assert len({tuple(value.tolist()) for value in draws.values()}) == 4
 
 
 def test_no_checkpoint_is_written_within_an_accumulation_window() -> None:

@@ -30,7 +30,6 @@ SETTINGS = (
     "bootstrap.resamples=0",
 )
 TEN = sorted(np.random.default_rng(0).choice(np.arange(1, EPOCHS * STEPS + 1), 10, replace=False).tolist())
-QUICK = (TEN[1], TEN[6])
 
 
 def _config(folder: Path) -> Any:
@@ -128,24 +127,35 @@ def _same(folder: Path, other: Path) -> None:
     assert _outcome(folder)[2] == _outcome(other)[2]
 
 
-def _killed_after(step: int, folder: Path, uninterrupted: Path) -> None:
+def test_stopped_in_every_way_in_turn(tmp_path: Path, uninterrupted: Path) -> None:
+    """``last.ckpt`` is due after 2 and 4 steps of each epoch of 5, and at its end."""
+    folder = tmp_path / "run"
+    assert _run(_train_until, folder, 3) == -signal.SIGKILL
+    assert not (folder / "results.json").exists()
+    _full_disk(folder, write=3, last=5)  # 4, 5, then 7 fails
+    assert _run(_train_until_write, folder, 3) == -signal.SIGKILL  # 7, 9, then in the middle of 10
+    assert list(folder.glob(".last.*.ckpt")), "the kill came before the write"
+    assert _run(_train_until, folder, 12) == -signal.SIGKILL
+    before = torch.load(folder / "last.ckpt", weights_only=True)
+    assert before["global_step"] == 12
+    assert _run(_train, folder) == 0
+    _same(folder, uninterrupted)
+    # The comparison can fail: the steps since then changed the weights.
+    after = torch.load(uninterrupted / "last.ckpt", weights_only=True)
+    assert any(not torch.equal(before["state_dict"][name], value) for name, value in after["state_dict"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", TEN)
+def test_killed_after_a_step(step: int, tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
     assert _run(_train_until, folder, step) == -signal.SIGKILL
     assert not (folder / "results.json").exists()
     assert _run(_train, folder) == 0
     _same(folder, uninterrupted)
 
 
-@pytest.mark.parametrize("step", QUICK)
-def test_killed_after_a_step(step: int, tmp_path: Path, uninterrupted: Path) -> None:
-    _killed_after(step, tmp_path / "run", uninterrupted)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [step for step in TEN if step not in QUICK])
-def test_killed_after_another_step(step: int, tmp_path: Path, uninterrupted: Path) -> None:
-    _killed_after(step, tmp_path / "run", uninterrupted)
-
-
 def test_killed_while_a_checkpoint_is_written(tmp_path: Path, uninterrupted: Path) -> None:
     folder = tmp_path / "run"
     assert _run(_train_until_write, folder, 4) == -signal.SIGKILL
@@ -209,6 +219,7 @@ def test_killed_when_training_had_ended(overrides: tuple[str, ...], tmp_path: Pa
     }[overrides[0]]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_result(tmp_path: Path, uninterrupted: Path) -> None:
     """The comparison above can fail: a run that differs in its seed alone is told apart."""
     assert _run(_train_with_seed, tmp_path / "run", 2) == 0
@@ -312,15 +323,19 @@ def _train_until_full(folder: Path, write: int) -> None:
         sys.exit(2)
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, uninterrupted: Path) -> None:
-    folder = tmp_path / "run"
-    assert _run(_train_until_full, folder, 4) == 2
+def _full_disk(folder: Path, write: int, last: int) -> None:
+    """Train until the disk is full, which leaves the checkpoint of step ``last`` and says so in a line."""
+    assert _run(_train_until_full, folder, write) == 2
     said = (folder / "said").read_text()
     assert "last.ckpt: cannot be written (File too large); the last one that was written stays" in said
     assert "\n" not in said
-    assert (
-        torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 5
-    )  # 2, 4, the epoch's end; then 7 fails
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == last
     assert not list(folder.glob(".last*")), "half of a file is left"
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, uninterrupted: Path) -> None:
+    folder = tmp_path / "run"
+    _full_disk(folder, write=4, last=5)  # 2, 4, the epoch's end; then 7 fails
     assert _run(_train, folder) == 0
     _same(folder, uninterrupted)

@@ -29,14 +29,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("processes")
 
 
-@pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what one process, and each of two, found."""
-    command = [sys.executable, "-m", "tests.models.two_processes", str(folder)]
+def _ran(what: str, folder: Path) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.models.two_processes", what, str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {path.stem: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))}
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what one process, and each of two, found."""
+    return _ran("small", folder)
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return what each of two processes found that train a model of two encoders."""
+    ran = _ran("two encoders", tmp_path_factory.mktemp("two_encoders"))
+    return [ran[name] for name in ("rank0", "rank1")]
 
 
 def _far(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -104,9 +115,10 @@ def test_files_of_a_shared_out_run_hold_whole_weights(found: dict[str, dict[str,
         assert torch.equal(last[name], value), name
 
 
-def test_two_shared_out_encoders_train_as_copies_do(found: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_two_shared_out_encoders_train_as_copies_do(two_encoders: list[dict[str, Any]]) -> None:
     """THIN, whose second encoder is frozen; memory order, rates by depth and 16 bits as in any other run."""
-    first, second = (found[name]["two encoders"] for name in ("world2-rank0", "world2-rank1"))
+    first, second = two_encoders
     copies, shared = first["copies"][0], first["shared out"][0]
     learnt = [name for name in shared if name.startswith("encoder.model.conv1.")]
     assert learnt
@@ -123,10 +135,10 @@ def test_two_shared_out_encoders_train_as_copies_do(found: dict[str, dict[str, A
     assert any(not torch.equal(half[name], shared[name]) for name in learnt)
 
 
-def test_a_shared_out_run_that_a_signal_stopped_is_continued_exactly(found: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_a_shared_out_run_that_a_signal_stopped_is_continued_exactly(two_encoders: list[dict[str, Any]]) -> None:
     """One process gets the signal, both leave; losses of the epoch are those of both processes."""
-    for name in ("world2-rank0", "world2-rank1"):
-        ran = found[name]["two encoders"]
+    for ran in two_encoders:
         assert ran["signal"] == signal.SIGUSR2
         (whole, history), (continued, told) = ran["shared out"], ran["continued"]
         parameters = [key for key, _ in make_thin().named_parameters()]
@@ -134,9 +146,9 @@ def test_a_shared_out_run_that_a_signal_stopped_is_continued_exactly(found: dict
         assert [epoch["epoch"] for epoch in told] == [0, 1]
         for then, now in zip(history, told, strict=True):
             assert now == pytest.approx(then, nan_ok=True)
-    whole, continued = (found["world2-rank0"]["two encoders"][case][0] for case in ("shared out", "continued"))
+    whole, continued = (two_encoders[0][case][0] for case in ("shared out", "continued"))
     assert all(torch.equal(continued[key], value) for key, value in whole.items()), "running statistics too"
-    assert re.search(r"last\.ckpt: cannot be read \(", found["world2-rank1"]["two encoders"]["damaged"])
+    assert re.search(r"last\.ckpt: cannot be read \(", two_encoders[1]["damaged"])
 
 
 @pytest.mark.parametrize(

@@ -286,12 +286,17 @@ def validated(folder: Path, rank: int, world: int) -> dict[str, float]:
     return module.last_validation
 
 
-def work(rank: int, folder: str, world: int) -> None:
+def begin(rank: int, world: int) -> None:
+    """Make this process, forked from one that is alone, one of ``world``."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if world > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
         setattr(rank_zero_only, "rank", rank)  # noqa: B010
+
+
+def work(rank: int, folder: str, world: int) -> None:
+    begin(rank, world)
     path = Path(folder)
     found = {
         "unequal masks": trained(path, rank, world),
@@ -302,11 +307,20 @@ def work(rank: int, folder: str, world: int) -> None:
         "validation": validated(path, rank, world),
         "shared out": shared_out(path, rank, world),
     }
-    if world > 1:
-        found["two encoders"] = two_encoders(path / "thin", rank)
     torch.save(found, path / f"world{world}-rank{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def work_with_two_encoders(rank: int, folder: str, world: int) -> None:
+    if world == 1:
+        return
+    begin(rank, world)
+    torch.save(two_encoders(Path(folder), rank), Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+WORK = {"small": work, "two encoders": work_with_two_encoders}
 
 
 def in_one_and_in_two(work: Callable[[int, str, int], None], folder: str) -> None:
@@ -320,4 +334,4 @@ def in_one_and_in_two(work: Callable[[int, str, int], None], folder: str) -> Non
 
 
 if __name__ == "__main__":
-    in_one_and_in_two(work, sys.argv[1])
+    in_one_and_in_two(WORK[sys.argv[1]], sys.argv[2])
