@@ -56,6 +56,15 @@ CONTROLLED_ROOM = "affect.data.controlled"
 """What a stored dataset may name: these classes, these functions of a layout that lists them in ``__all__``, and what a
 module of controlled data lists there."""
 
+TRAINING_SHAPES: Mapping[str, type] = {"selection": str} | dict.fromkeys(
+    ("data", "prepare", "selected", "tables"), dict
+)
+DATASET_SHAPES: Mapping[str, type] = dict.fromkeys(("root", "table", "group"), str) | dict.fromkeys(
+    ("sources", "read", "images", "expected"), dict
+)
+"""What a stored training and its datasets hold where they hold anything."""
+_SHAPES: Mapping[type, str] = {str: "text", dict: "mapping"}
+
 REFUSED_KEYS = ("_args_", "_partial_", "_recursive_", "_convert_")
 FILE_KEYS = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of timm that read files or addresses; a release has no use for them."""
@@ -79,6 +88,9 @@ POINTS = "points"
 
 PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 """Names of tasks and datasets, which become columns and folders."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_FORMULA = re.compile(r"[=@]|[+-](?![\d.]+$)")
 
 COMPRESSION = "compression"
 """Node of a config that says how the layers of a compressed model differ from those that its node ``model`` builds."""
@@ -278,9 +290,13 @@ def parse_plain(text: str, where: str, is_yaml: bool = False) -> Any:  # noqa: A
 def require_finite_size(node: Any, where: str) -> None:  # noqa: ANN401
     """Refuse nodes that contain themselves, are nested too deep, or are named so often that a walk takes for ever.
 
+    Nor may a text hold control characters: what a terminal prints of it must not move its cursor or change its title.
+
     Raises:
-        CheckpointError: If there are such nodes.
+        CheckpointError: If there are such nodes or texts.
     """
+    if isinstance(node, str):
+        _require_printable(node, where)
     sizes: dict[int, int] = {}
     stack: list[tuple[Any, int, bool]] = [(node, 0, False)]
     while stack:
@@ -298,8 +314,16 @@ def require_finite_size(node: Any, where: str) -> None:  # noqa: ANN401
             raise CheckpointError(f"{where}: a node contains itself")
         elif id(one) not in sizes:
             sizes[id(one)] = 0  # open: whoever meets it before it is done lies inside it
+            for text in (*children, *(one if isinstance(one, dict) else ())):
+                if isinstance(text, str):
+                    _require_printable(text, where)
             stack.append((one, depth, True))
             stack += [(child, depth + 1, False) for child in children]
+
+
+def _require_printable(text: str, where: str) -> None:
+    if _CONTROL.search(text):
+        raise CheckpointError(f"{where}: {text[:80]!r} holds control characters")
 
 
 def check_texts(
@@ -331,6 +355,9 @@ def check_texts(
         raise CheckpointError(f"{where(LABELS)}: must give a list of output names for each task of {CONFIG}")
     for name in tasks:
         require_plain_name(name, "a task", where(CONFIG))
+    for name in (name for names in labels.values() for name in names):
+        if _FORMULA.match(name):  # it is written to tables, which people open in spreadsheets
+            raise CheckpointError(f"{where(LABELS)}: an output cannot be named {name[:80]!r}, which is a formula")
     if not isinstance(people, dict) or not all(_are_texts(names) for names in people.values()):
         raise CheckpointError(f"{where(PEOPLE)}: must give a list of names for each name space of people")
     _check_preprocess(preprocess, where(PREPROCESS))
@@ -354,11 +381,25 @@ def check_training(training: Any, trust: Sequence[str], where: str) -> None:  # 
     for place, text in _texts(training, ""):
         if _is_path(text):
             raise CheckpointError(f"{where}: {place}={text!r}: paths are not allowed there")
+    _check_shapes(training, TRAINING_SHAPES, where, "")
     dataset = training["dataset"]
+    _check_shapes(dataset, DATASET_SHAPES, where, "dataset.")
     sources = dataset.get("sources") or {}
-    for node in (dataset, *(sources.values() if isinstance(sources, dict) else ())):
-        if isinstance(node, dict) and (node is dataset or node.get("name") is not None):
+    for place, node in (("dataset.", dataset), *((f"dataset.sources.{name}.", node) for name, node in sources.items())):
+        if not isinstance(node, dict):
+            raise CheckpointError(f"{where}: {place[:-1]} must be a mapping")
+        _check_shapes(node, DATASET_SHAPES, where, place)
+        if node is dataset or node.get("name") is not None:
             require_plain_name(node.get("name"), "a dataset", where)
+        if not node.get("read") and not (node is dataset and sources):
+            raise CheckpointError(f"{where}: {place}read must say how the dataset is read")
+
+
+def _check_shapes(node: Mapping[str, Any], shapes: Mapping[str, type], where: str, place: str) -> None:
+    """Refuse values of a mapping that are neither null nor of the kind that is read there."""
+    for key, kind in shapes.items():
+        if node.get(key) is not None and not isinstance(node[key], kind):
+            raise CheckpointError(f"{where}: {place}{key}={str(node[key])[:80]!r} must be a {_SHAPES[kind]}")
 
 
 def require_plain_name(name: Any, what: str, where: str) -> None:  # noqa: ANN401

@@ -21,6 +21,7 @@ from affect.release import (
     build_model,
     build_tasks,
     check_config,
+    read_plain,
     read_release,
     release_config,
     with_statistics,
@@ -224,6 +225,43 @@ def test_a_stored_dataset_names_layouts_only(read: dict, message: str) -> None:
         check_config({"dataset": {"name": "x", "read": read}}, (), "config.yaml", dataset=True)
 
 
+READ = {"_target_": "affect.data.layouts.faces.read"}
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ([], "must hold dataset and protocol"),
+        ({"dataset": {"name": "x"}, "protocol": {}}, "dataset.read must say how"),
+        ({"dataset": {"name": "x", "read": 3}, "protocol": {}}, "dataset.read='3' must be a mapping"),
+        (
+            {"dataset": {"name": "x", "read": READ, "images": True}, "protocol": {}},
+            "dataset.images='True' must be a map",
+        ),
+        ({"dataset": {"name": "x", "read": READ, "root": 3}, "protocol": {}}, "dataset.root='3' must be a text"),
+        ({"dataset": {"name": ["x"], "read": READ}, "protocol": {}}, "a dataset cannot be named"),
+        ({"dataset": {"name": "x", "sources": [3]}, "protocol": {}}, r"dataset.sources='\[3\]' must be a mapping"),
+        ({"dataset": {"name": "x", "sources": {"a": 3}}, "protocol": {}}, "dataset.sources.a must be a mapping"),
+        ({"dataset": {"name": "x", "sources": {"a": {}}}, "protocol": {}}, "dataset.sources.a.read must say how"),
+        ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "data": [1]}, r"data='\[1\]' must be a mapping"),
+        ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "tables": 3}, "tables='3' must be a mapping"),
+    ],
+)
+def test_a_training_of_another_shape_is_refused(folder: Path, training: object, message: str) -> None:
+    (folder / "training.json").write_text(json.dumps(training or {"dataset": []}))
+    with pytest.raises(CheckpointError, match=rf"training.json: .*{message}") as error:
+        read_release(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_without_rows_or_rule_is_read(folder: Path) -> None:
+    training = {"dataset": {"name": "x", "read": READ}, "protocol": {"test": 0}}
+    (folder / "training.json").write_text(json.dumps(training))
+    stored = evaluate.stored_run(read_release(folder), [])
+    assert stored is not None
+    assert (stored.data.limit, stored.selection, stored.protocol.test) == (None, "best_val", 0)
+
+
 def test_a_stored_dataset_may_name_files_of_the_user() -> None:
     dials = {"_target_": "affect.data.faces.FaceDials"}
     read = {"_target_": "affect.data.layouts.faces.read", "dials": dials}
@@ -417,6 +455,25 @@ def test_a_quantized_model_of_huge_images_is_not_captured(folder: Path) -> None:
         build(folder)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "labels.json", "preprocess.json", "training.json"])
+def test_texts_cannot_move_the_cursor_of_a_terminal(folder: Path, name: str) -> None:
+    told = {"dataset": {"name": "x", "read": READ}, "protocol": {}}
+    before = read_plain(folder / name) if (folder / name).is_file() else told
+    for change in ({"note": "\x1b]0;owned\x07"}, {"a\x9b2J": 1}, {"deep": [{"x": ["\x7f"]}]}):
+        (folder / name).write_text(json.dumps(before | change))
+        with pytest.raises(CheckpointError, match=rf"{name}: .* holds control characters") as error:
+            read_release(folder)
+        assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "@SUM(1)", "+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0"])
+def test_no_output_is_a_formula_of_a_spreadsheet(folder: Path, name: str) -> None:
+    labels = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(labels | {"au": [name, "AU2"]}))
+    with pytest.raises(CheckpointError, match=r"labels.json: an output cannot be named .*, which is a formula"):
+        read_release(folder)
+
+
 def test_texts_of_any_size_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("affect.release.TEXT_BYTES", 1000)
     (folder / "labels.json").write_text(" " * 2000)
@@ -436,5 +493,5 @@ def test_names_that_are_paths_are_refused(folder: Path, name: str) -> None:
     config["task"][name], labels[name] = config["task"].pop("au"), labels.pop("au")
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "labels.json").write_text(json.dumps(labels))
-    with pytest.raises(CheckpointError, match="cannot be named"):
+    with pytest.raises(CheckpointError, match=r"cannot be named|holds control characters"):
         read_release(folder)

@@ -60,7 +60,7 @@ def run(config: DictConfig) -> None:
     sources = assembly.build_sources(settings, recipe, hold_out=config.part in ("train", "validation"))
     differing += crop_differences([source.described for source in sources if source.described != recipe], release)
     for line in differing:
-        console.print(f"note: {line}", highlight=False)
+        console.print(f"note: {line}", highlight=False, markup=False)
     part = config.part or default_part(settings, stored_run(release, trust), sources, release.training.get("tables"))
     offered = build_tasks(release)
     tasks = usable_tasks(offered, sources, release, console)
@@ -137,12 +137,12 @@ def run(config: DictConfig) -> None:
     if (results["selection"] or {}).get("rule") == "best_on_test":
         title += f", {ON_TEST}"
     for leak in summary["leaks"]:
-        console.print(f"LEAK (protocol.allow_leak=true): {leak}", highlight=False)
+        console.print(f"LEAK (protocol.allow_leak=true): {leak}", highlight=False, markup=False)
     if sums:
         console.print(headline_table(sums, title, note))
     console.print(results_table(shown, title, note=note))
     for name, found in classes.items():
-        console.print(f"note: {class_note(name, found)}", highlight=False)
+        console.print(f"note: {class_note(name, found)}", highlight=False, markup=False)
         console.print(
             results_table(found["records"], f"{title}, {name} over all {len(found['all'])} classes", note=note)
         )
@@ -404,8 +404,10 @@ def stored_run(release: Release, trust: list[str]) -> DictConfig | None:
         CheckpointError: If they could run code that is neither ours nor trusted.
     """
     if release.training:
-        keys = ("dataset", "protocol", "selection", "prepare", "data")
-        return OmegaConf.create({key: release.training[key] for key in keys if key in release.training})
+        keys = ("dataset", "protocol", "selection", "prepare")
+        told = {key: release.training[key] for key in keys if release.training.get(key)}
+        limit = (release.training.get("data") or {}).get("limit")
+        return OmegaConf.create({"selection": "best_val", "data": {"limit": limit}, "protocol": {}} | told)
     if isinstance(release, Program | PackagedRelease):
         return None
     path = release.folder.parent / CONFIG
@@ -432,7 +434,8 @@ def usable_tasks(tasks: dict[str, Task], sources: list[Source], release: Release
     names = frozenset().union(*(source.table.names for source in sources))
     usable = {name: task for name, task in tasks.items() if task.columns(names)}
     for name in tasks.keys() - usable.keys():
-        console.print(f"not evaluated: {name} (the table has none of {', '.join(tasks[name].wanted()[:4])}…)")
+        lacking = f"not evaluated: {name} (the table has none of {', '.join(tasks[name].wanted()[:4])}…)"
+        console.print(lacking, markup=False)
     if not usable:
         offered = "; ".join(f"{name}: {', '.join(outputs[:4])}" for name, outputs in release.labels.items())
         raise CheckpointError(

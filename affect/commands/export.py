@@ -75,7 +75,7 @@ def run(config: DictConfig) -> None:
         content = plain = export.onnx_bytes(ready, size, list(tasks))
         if form == export.ONNX_INT8 and not learnt:
             batches, told = calibration(config, release, trust)
-            console.print(told, highlight=False)
+            console.print(told, highlight=False, markup=False)
             reduced = config.calibration.reduce_range
             content = export.quantize(plain, batches, reduced, export.nodes_outside(plain, encoder_names(module)))
         content = export.with_metadata(content, texts, note)

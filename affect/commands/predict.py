@@ -337,7 +337,7 @@ def _report(
     if decided:
         said = decision_texts({"thresholds": thresholds})
         text = said[0] if said else "at 0.5, as the checkpoint stores no thresholds"
-        console.print(f"decisions (…_c): {text}", highlight=False)
+        console.print(f"decisions (…_c): {text}", highlight=False, markup=False)
 
 
 def _write_more(

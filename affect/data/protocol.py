@@ -96,6 +96,16 @@ class Protocol:
     selection: str = "best_val"
 
     def __post_init__(self) -> None:
+        for key in ("folds", "split_seed", "every"):
+            value = getattr(self, key)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool):
+                raise ConfigError(f"protocol.{key}={value}: give a whole number")
+        if not isinstance(self.validation_fraction, int | float | np.number):
+            raise ConfigError(f"protocol.validation_fraction={self.validation_fraction}: give a number in [0, 1)")
+        for key in ("group", "division", "validation"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"protocol.{key}={value}: give a name, or null")
         if self.folds < 2:
             raise ConfigError(f"protocol.folds={self.folds}: at least 2 folds are needed")
         if isinstance(self.test, int) and not 0 <= self.test < self.folds:

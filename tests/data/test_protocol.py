@@ -234,6 +234,11 @@ def test_everything_may_be_tested():
     [
         ({"test": 5}, "folds are 0 to 4"),
         ({"folds": 1}, "at least 2 folds"),
+        ({"folds": None}, "protocol.folds=None: give a whole number"),
+        ({"every": 2.5}, "protocol.every=2.5: give a whole number"),
+        ({"split_seed": [1]}, r"protocol.split_seed=\[1\]: give a whole number"),
+        ({"validation_fraction": "x"}, "protocol.validation_fraction=x: give a number"),
+        ({"group": 3}, "protocol.group=3: give a name"),
         ({"validation_fraction": 1.0}, r"must lie in \[0, 1\)"),
         ({"every": 0}, "must be at least 1"),
         ({"selection": "best"}, "selection=best: did you mean best_val"),
