@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import DictConfig
+from rich.console import Console
 
 from affect import export as formats
 from affect.commands import evaluate, export, figures, train
@@ -137,6 +138,18 @@ def test_a_file_of_a_quantized_training_is_timed_against_float(
     assert "float/int8" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="trained with quantized activations, which its file holds: format=onnx_int8"):
         export.run(compose("export", "format=onnx", *asked, *QUIET[:1]))
+
+
+@pytest.mark.parametrize(("ratio", "slower"), [(0.8, True), (1.7, False)])
+def test_int8_that_is_slower_than_float_is_warned_of(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, ratio: float, slower: bool
+) -> None:
+    monkeypatch.setattr(formats, "compare_speed", lambda *_: formats.Speed(2.0, 2.0 / ratio, ratio))
+    monkeypatch.setattr(formats, "cpu_features", lambda: ["avx2"])
+    export.say_speed(Console(), bytes(40), bytes(10), 8, compose("export", "checkpoint=x"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"float/int8 {ratio:.2f}; 4.00 times fewer bytes; processor with avx2" in printed
+    assert ("warning: int8 is slower than float here" in printed) is slower
 
 
 @pytest.mark.slow

@@ -76,6 +76,24 @@ def test_times_are_the_containers_where_the_frame_rate_varies(tmp_path: Path) ->
     assert times == pytest.approx([*(0.04 * np.arange(7)), *(0.24 + 0.02 * np.arange(1, 6))], abs=1e-3)
 
 
+def test_a_rotation_that_the_camera_noted_is_applied(tmp_path: Path) -> None:
+    path = tmp_path / "phone.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (SIZE[1], SIZE[0]))
+    for _ in range(3):
+        writer.write(np.repeat([[[200]], [[20]]], SIZE[0] // 2, 0).repeat(SIZE[1], 1).repeat(3, 2).astype(np.uint8))
+    writer.release()
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    turn = (0, 1 << 16, 0, -1 << 16, 0, 0, SIZE[0] << 16, 0, 1 << 30)  # a quarter clockwise
+    data[matrix : matrix + 36] = struct.pack(">9i", *turn)
+    path.write_bytes(data)
+    for frame in VideoFile(path).frames():
+        assert frame.image is not None
+        assert frame.image.shape == (SIZE[1], SIZE[0], 3)
+        left, right = np.split(frame.image.mean((0, 2)), 2)
+        assert (left.mean() < 60, right.mean() > 160) == (True, True), "what was above is at the right"
+
+
 def test_frames_that_the_container_announces_and_does_not_have_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", 30)
     data = path.read_bytes()
