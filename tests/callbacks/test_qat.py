@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -249,9 +250,11 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
 @pytest.mark.parametrize(
     "kind", ["binary", pytest.param("int8", marks=pytest.mark.slow), pytest.param("w2a2", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize(
+    "steps", [(2, 5), pytest.param((2,), marks=pytest.mark.slow), pytest.param((5,), marks=pytest.mark.slow)], ids=str
+)
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
-    kind: str, step: int, tiny: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, steps: tuple[int, ...], tiny: Callable[..., DictConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind != "binary":
         pytest.importorskip("torchao")
@@ -259,14 +262,15 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     train.run(whole)
     build = train.build_trainer
 
-    def interrupted(*arguments: Any) -> pl.Trainer:
+    def interrupted(step: int, *arguments: Any) -> pl.Trainer:
         trainer = build(*arguments)
         trainer.callbacks.append(_Interrupt(step))  # type: ignore[attr-defined]
         return trainer
 
-    monkeypatch.setattr(train, "build_trainer", interrupted)
-    with pytest.raises(_InterruptedError):
-        train.run(other)
+    for step in steps:
+        monkeypatch.setattr(train, "build_trainer", functools.partial(interrupted, step))
+        with pytest.raises(_InterruptedError):
+            train.run(other)
     monkeypatch.setattr(train, "build_trainer", build)
     train.run(other)
     (ours, kept), (theirs, wanted) = outcome(tmp_path / "other"), outcome(tmp_path / "whole")
