@@ -95,7 +95,7 @@ def run(config: DictConfig) -> None:
     if form == export.ONNX_INT8 and float(config.speed.seconds) > 0:
         if learnt:  # what takes how long does not depend on the weights
             plain = export.onnx_bytes(build_float_model(release, tasks), size, list(tasks))
-        say_speed(console, plain, content, size, config)
+        say_speed(console, plain, content, size, config, learnt)
     if form != export.TORCH:
         console.print(f"evaluate it: affect evaluate checkpoint={out}", markup=False, soft_wrap=True)
 
@@ -236,8 +236,19 @@ def calibration(config: DictConfig, release: Release, trust: list[str]) -> tuple
     return (batch.image.numpy() for batch in loader), "; ".join([told, *differing])
 
 
-def say_speed(console: Console, plain: bytes, content: bytes, size: int, config: DictConfig) -> None:
-    """Print how float and int8 compare on this processor, and warn where int8 is the slower one."""
+def say_speed(
+    console: Console, plain: bytes, content: bytes, size: int, config: DictConfig, learnt: bool = False
+) -> None:
+    """Print how float and int8 compare on this processor, and warn where int8 is the slower one.
+
+    Args:
+        console: Where to print.
+        plain: The float file.
+        content: The int8 file.
+        size: Side of the input in pixels.
+        config: Settings of the command.
+        learnt: Whether the model was trained for int8, so that there is no float file of it.
+    """
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (int(config.speed.batch_size), 3, size, size), np.uint8)
     speed = export.compare_speed(plain, content, image, float(config.speed.seconds))
@@ -248,8 +259,9 @@ def say_speed(console: Console, plain: bytes, content: bytes, size: int, config:
         highlight=False,
     )
     if speed.ratio < 1:
+        better = "a float training (callbacks=\\[default]) with format=onnx gives" if learnt else "format=onnx is"
         console.print(
             "[bold]warning[/bold]: int8 is slower than float here; depthwise convolutions and processors without VNNI "
-            "gain little. format=onnx is the better file for this processor.",
+            f"gain little; {better} the better file for this processor",
             highlight=False,
         )

@@ -146,10 +146,15 @@ def test_int8_that_is_slower_than_float_is_warned_of(
 ) -> None:
     monkeypatch.setattr(formats, "compare_speed", lambda *_: formats.Speed(2.0, 2.0 / ratio, ratio))
     monkeypatch.setattr(formats, "cpu_features", lambda: ["avx2"])
-    export.say_speed(Console(), bytes(40), bytes(10), 8, compose("export", "checkpoint=x"))
+    settings = compose("export", "checkpoint=x")
+    export.say_speed(Console(), bytes(40), bytes(10), 8, settings)
     printed = " ".join(capsys.readouterr().out.split())
+    assert ("format=onnx is the better file" in printed) is slower
     assert f"float/int8 {ratio:.2f}; 4.00 times fewer bytes; processor with avx2" in printed
     assert ("warning: int8 is slower than float here" in printed) is slower
+    export.say_speed(Console(), bytes(40), bytes(10), 8, settings, learnt=True)  # which has no float file
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ("a float training (callbacks=[default]) with format=onnx gives the better file" in printed) is slower
 
 
 @pytest.mark.slow
