@@ -500,12 +500,12 @@ def quantize(config: DictConfig, module: AffectModule, trainer: pl.Trainer) -> N
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, QuantizationAwareTraining):
-            callback.wrap(module, trainer)
             if callback.quantization.activations is not None and (config.get("compile") or {}).get("encoder"):
                 raise ConfigError(
                     "compile.encoder=true: an encoder with quantized activations is a captured graph already; set "
                     "compile.encoder=false, or callbacks.qat.activations=null"
                 )
+            callback.wrap(module, trainer)
 
 
 class _Cut(pl.Callback):

@@ -8,12 +8,13 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
@@ -102,6 +103,19 @@ def test_privileged_attribution_inside_a_captured_encoder_is_refused() -> None:
 def test_other_precisions_are_refused_for_activations() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.precision=bf16-mixed: the grids of activations need float32"):
         fit(models.baseline(), QuantizationAwareTraining(**INT8), precision="bf16-mixed")
+
+
+def test_a_captured_encoder_is_not_compiled_too() -> None:
+    config = OmegaConf.create({"compile": {"encoder": True}})
+
+    def quantized(how: dict) -> AffectModule:
+        trainer: Any = SimpleNamespace(callbacks=[QuantizationAwareTraining(**how)], precision="32-true")
+        train.quantize(config, module := models.baseline(), trainer)
+        return module
+
+    with pytest.raises(ConfigError, match=r"compile\.encoder=true: .* is a captured graph already; set"):
+        quantized(INT8)
+    assert quantized(BINARY).quantization is not None
 
 
 def test_weights_train_in_bfloat16() -> None:
