@@ -8,6 +8,7 @@ that can change a result, another table of labels or other initial weights are r
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,15 +182,17 @@ def _expect_missing(settings: dict[str, Setting], path: Path, job: Mapping[str, 
     begun = _begun(path)
     varied = dict(job["varied"]) if job else {}
     given = dict(setting.split("=", 1) for setting in job["settings"] if "=" in setting) if job else {}
-    seed = int(begun["seed"] if begun else given.get("seed", 1))
+    seed = begun["seed"] if begun else given.get("seed")
     fold = _fold_of(varied, begun["config"]) if begun else _given_fold(given)
     for name in [_name(varied, begun, by, job is not None)] if begun or not by else list(settings):
         setting = settings.setdefault(name, Setting(name))
-        # Before a run has begun its default test part is known from the others alone.
-        for each in [fold] if fold is not None else list(setting.folds) or [part_name(None)]:
-            if (seed, each) not in setting.runs:
-                setting.expect(seed, each)
-                setting.reasons[seed, each] = _reason(path, job)
+        # Before a run has begun its default seed and test part are known from the others alone.
+        seeds = [int(seed)] if seed is not None else list(setting.seeds) or [1]
+        folds = [fold] if fold is not None else list(setting.folds) or [part_name(None)]
+        for missing in itertools.product(seeds, folds):
+            if missing not in setting.runs:
+                setting.expect(*missing)
+                setting.reasons[missing] = _reason(path, job)
 
 
 def _given_fold(settings: Mapping[str, str]) -> str | None:

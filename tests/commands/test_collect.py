@@ -338,6 +338,19 @@ def test_the_default_test_part_of_a_run_that_never_began_is_that_of_the_others(s
     assert [(e["seed"], e["fold"]) for e in told["left_out"]] == [(2, "0")]
 
 
+def test_the_default_seed_of_a_run_that_never_began_is_that_of_the_others(sweep):
+    data = read_json(sweep / "sweep.json")
+    jobs = [job(k, 0.001, 2, fold) for k, fold in ((3, "0"), (4, "1"), (5, "2"))]
+    for entry in jobs:
+        del entry["varied"]["seed"], entry["varied"]["optimizer.lr"]
+        entry["settings"] = [setting for setting in entry["settings"] if not setting.startswith("seed")]
+    write_json(sweep / "sweep.json", data | {"varied": ["protocol.test"], "jobs": jobs})
+    shutil.rmtree(sweep / "4")
+    settings, _ = collect.read_settings(sweep)
+    assert (settings["train"].seeds, settings["train"].folds) == ([2], ["0", "1", "2"])
+    assert settings["train"].reasons == {(2, "1"): "not started"}
+
+
 def test_a_sweep_over_seeds_and_folds_has_the_name_of_its_runs(sweep):
     data = read_json(sweep / "sweep.json")
     jobs = [entry for entry in data["jobs"] if entry["varied"].pop("optimizer.lr") == "0.001"]
