@@ -292,7 +292,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(
     assert json.dumps(kept) == json.dumps(wanted)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["binary", "int8", pytest.param("w2a2", marks=pytest.mark.slow)])
 def test_run_and_release_are_evaluated_alike(
     kind: str, tiny: Callable[..., DictConfig], compose: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
