@@ -311,9 +311,10 @@ def _report(
     formats: Sequence[str],
 ) -> None:
     """Print what was found, how fast, and where it is."""
-    moving = any(source.moving for source in sources)
-    unit = "frame" if moving else "image"
+    videos = [counts[source.name] for source in sources if source.moving and source.name in counts]
     total, faces = _total(counts), sum(count.faces for count in counts.values())
+    filmed = sum(count.frames for count in videos)
+    unit = "image" if not filmed else "frame" if filmed == total else "picture"
     for reason, number in (
         ("no face found", sum(count.empty for count in counts.values())),
         (f"unreadable {unit}", sum(count.unreadable for count in counts.values())),
@@ -322,11 +323,13 @@ def _report(
             console.print(f"{reason}: {number} of {total} {unit}s")
     for line in notes:
         console.print(line, markup=False, soft_wrap=True)
-    tracks = sum(count.tracks or 0 for count in counts.values())
-    several = f", {tracks} different" if moving else ""
-    looked = sum(count.detections for count in counts.values())
-    if moving and total:
-        console.print(f"looked for faces in {looked} of {total} frames, followed them in the others", highlight=False)
+    tracks = sum(count.tracks or 0 for count in videos)
+    several = f", {tracks} different" if filmed else ""
+    if filmed:
+        looked = sum(count.detections for count in videos)
+        readable = filmed - sum(count.unreadable for count in videos)
+        followed = f", followed them in {readable - looked}" if readable > looked else ""
+        console.print(f"looked for faces in {looked} of {filmed} frames{followed}", highlight=False)
     if total > 1:
         console.print(stages.describe(total, unit), highlight=False)
     shown = out / f"predictions.{formats[0]}"

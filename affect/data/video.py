@@ -8,7 +8,6 @@ is counted and not skipped.
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -252,10 +251,13 @@ def open_input(given: str | int, leave_out: Sequence[Path] = ()) -> list[FrameSo
     if path.is_dir():
         root, found = path, path.rglob("*")
     elif has_magic(text):
-        # The part before the first star is the folder that names are relative to.
-        plain = list(itertools.takewhile(lambda part: not has_magic(part), path.parts))
-        root = Path(*plain)
-        found = root.glob(str(Path(*path.parts[len(plain) :])))
+        # Names are relative to the folder before the first star. A folder that is there may have brackets in its name.
+        root = Path()
+        for part in path.parts:
+            if not (root / part).is_dir():
+                break
+            root /= part
+        found = root.glob(str(Path(*path.parts[len(root.parts) :])))
     else:
         raise DataError(f"input={given}: no such file or folder")
     files = sorted(file for file in found if file.is_file())

@@ -205,7 +205,19 @@ def test_a_folder_of_videos_and_photographs_is_one_table(
     assert table["track"] == [None] + [0] * 12
     assert (table["timestamp"][0], table["timestamp"][1]) == (None, 0.0)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["face_table.parquet", "predictions.parquet"]
-    assert "c.mp4: not a readable video (6 bytes)" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "c.mp4: not a readable video (6 bytes)" in printed
+    assert "looked for faces in 2 of 12 frames, followed them in 10" in printed
+    assert "13 face(s), 2 different in 13 picture(s)" in printed
+    # A video alone that cannot be read is no frame of anything.
+    (folder / "a.mp4").unlink()
+    (folder / "b.mp4").unlink()
+    (folder / "e.png").write_bytes(b"broken")
+    predict.run(compose("predict", "checkpoint=x", f"input={folder}", f"out={tmp_path / 'few'}", *settings))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unreadable image: 1 of 2 images" in printed
+    assert "1 face(s) in 2 image(s)" in printed
+    assert "looked for faces" not in printed
     with pytest.raises(DataError, match=r"c\.mp4: not a readable video"):
         predict.run(compose("predict", "checkpoint=x", f"input={folder / 'c.mp4'}", f"out={tmp_path / 'alone'}"))
     assert [path for path in (tmp_path / "alone").rglob("*") if path.is_file()] == []

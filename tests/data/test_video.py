@@ -226,9 +226,14 @@ def test_input_is_a_file_a_folder_or_a_pattern(mixed: Path) -> None:
     assert names(open_input(mixed / "film.avi")) == [["film.avi"]]
     assert names(open_input(f"{mixed}/*")) == [["b.png"], ["film.avi"]]
     assert names(open_input(f"{mixed}/**/*.jpg")) == [["more/a.jpg"]]
+    brackets = mixed / "a [1] é"
+    brackets.mkdir()
+    (brackets / "x.png").write_bytes((mixed / "b.png").read_bytes())
+    assert names(open_input(f"{brackets}/*.png")) == [["x.png"]], "so does a folder"
+    assert names(open_input(f"{mixed}/m?re/*.jpg")) == [["more/a.jpg"]]
     [camera] = open_input("0")
     assert isinstance(camera, Camera)
-    for given in (mixed / "nothing", f"{mixed}/*.gif"):
+    for given in (mixed / "nothing", f"{mixed}/*.gif", f"{brackets}/nothing.png", f"{mixed}/no[1]/*.png"):
         with pytest.raises(DataError, match="input="):
             open_input(given)
 
