@@ -106,6 +106,10 @@ class Protocol:
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 raise ConfigError(f"protocol.{key}={value}: give a name, or null")
+        for key in ("keep", "subsets", "headline"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"protocol.{key}={value}: give a mapping, or null")
         if self.folds < 2:
             raise ConfigError(f"protocol.folds={self.folds}: at least 2 folds are needed")
         if isinstance(self.test, int) and not 0 <= self.test < self.folds:
@@ -117,9 +121,10 @@ class Protocol:
         if self.every < 1:
             raise ConfigError(f"protocol.every={self.every} must be at least 1")
         if self.selection not in SELECTIONS:
-            raise ConfigError(f"selection={self.selection}: {near(self.selection, SELECTIONS)}")
+            raise ConfigError(f"selection={self.selection}: {near(str(self.selection), SELECTIONS)}")
         if self.missing_faces not in MISSING_FACES:
-            raise ConfigError(f"protocol.missing_faces={self.missing_faces}: {near(self.missing_faces, MISSING_FACES)}")
+            said = near(str(self.missing_faces), MISSING_FACES)
+            raise ConfigError(f"protocol.missing_faces={self.missing_faces}: {said}")
         for column, values in (self.keep or {}).items():
             if not _is_list(values) or not len(values):
                 raise ConfigError(f"protocol.keep.{column}={values}: give the list of values to keep")
