@@ -40,7 +40,8 @@ def overrides(line: str) -> tuple[str, list[str]]:
     """Return command and overrides; a placeholder is a name, and what a page leaves open is left out."""
     line = re.sub(r"<[^<>]*>", "some", line).rstrip(",")
     _, command, *words = shlex.split(line.replace("$LABELS", "").replace('"$RUN"', "some"))
-    return command, [word for word in words if "…" not in word and "$" not in word and word != "-m"]
+    named = ["dataset=faces"] if "…" in words and not any(word.startswith("dataset=") for word in words) else []
+    return command, [*named, *(word for word in words if "…" not in word and "$" not in word and word != "-m")]
 
 
 @pytest.mark.parametrize("page", PAGES)
