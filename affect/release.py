@@ -382,6 +382,11 @@ def check_training(training: Any, trust: Sequence[str], where: str) -> None:  # 
         if _is_path(text):
             raise CheckpointError(f"{where}: {place}={text!r}: paths are not allowed there")
     _check_shapes(training, TRAINING_SHAPES, where, "")
+    limit = (training.get("data") or {}).get("limit")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise CheckpointError(f"{where}: data.limit={str(limit)[:80]!r} must be a number of rows, or null")
+    if training.get("prepare") and "_target_" not in training["prepare"]:
+        raise CheckpointError(f"{where}: prepare names no recipe (_target_)")
     dataset = training["dataset"]
     _check_shapes(dataset, DATASET_SHAPES, where, "dataset.")
     sources = dataset.get("sources") or {}

@@ -244,6 +244,8 @@ READ = {"_target_": "affect.data.layouts.faces.read"}
         ({"dataset": {"name": "x", "sources": {"a": 3}}, "protocol": {}}, "dataset.sources.a must be a mapping"),
         ({"dataset": {"name": "x", "sources": {"a": {}}}, "protocol": {}}, "dataset.sources.a.read must say how"),
         ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "data": [1]}, r"data='\[1\]' must be a mapping"),
+        ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "data": {"limit": "x"}}, "limit='x' must be a"),
+        ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "prepare": {"a": 1}}, "prepare names no recipe"),
         ({"dataset": {"name": "x", "read": READ}, "protocol": {}, "tables": 3}, "tables='3' must be a mapping"),
     ],
 )
