@@ -27,8 +27,9 @@ from affect.files import replacing
 from affect.report import code_patch, environment, patch_hash
 
 RESULTS, CONFIG, CONTENTS, LOCK = "results.json", "config.yaml", "data.json", "run.lock"
-STARTS, CODE = "starts.json", "code"
-"""What each start of a run ran on, and folder of the patches of code that was not committed, named by their hash."""
+STARTS, CODE, LOGGED = "starts.json", "code", "loggers.json"
+"""What each start of a run ran on, folder of the patches of code that was not committed, named by their hash, and under
+which names loggers keep the run."""
 
 SELECTION = "selection"
 """Folder in that of a refit where the run lies that chose the number of epochs."""
@@ -57,8 +58,8 @@ LATER: dict[str, Any] = {
 WRITTEN = frozenset(
     [
         *(RESULTS, CONFIG, CONTENTS, "last.ckpt", "best.safetensors", "compare.json"),
-        *("predictions", "release", "figures", "csv", "tensorboard", "wandb", "compare", SELECTION),
-        *(STARTS, CODE),
+        *("predictions", "release", "figures", "csv", "tensorboard", "mlflow", "wandb", "compare", SELECTION),
+        *(STARTS, CODE, LOGGED),
     ]
 )
 """Names that a run writes in its folder; nothing else there is ever removed."""

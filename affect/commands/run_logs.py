@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from affect.commands.configuration import leaves
-from affect.commands.run_folder import effective, is_first_process
+from affect.commands.run_folder import LOGGED, effective, is_first_process
+from affect.report import read_json, write_json
 
 
 def log_settings(loggers: Sequence[Any], config: DictConfig) -> None:
@@ -28,6 +29,36 @@ def log_settings(loggers: Sequence[Any], config: DictConfig) -> None:
     }
     for logger in loggers:
         logger.log_hyperparams(settings)
+
+
+def continued(nodes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return nodes of loggers that go on with what they logged of the run in ``folder`` before it was interrupted.
+
+    A node that names a run itself (``run_id``, ``id``) keeps it.
+    """
+    known = read_json(folder / LOGGED) if (folder / LOGGED).is_file() else {}
+    found = dict(nodes)
+    for name, before in known.items():
+        node = found.get(name)
+        if node and before["key"] in node and node[before["key"]] is None:
+            plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+            found[name] = OmegaConf.create({**plain, before["key"]: before["value"]})
+    return found
+
+
+def note_logged(names: Sequence[str], loggers: Sequence[Any], folder: Path) -> None:
+    """Write down under which names MLflow and W&B keep this run, for ``continued``."""
+    if not loggers or not is_first_process():
+        return
+    found = {}
+    for name, logger in zip(names, loggers, strict=True):
+        kind = type(logger).__name__
+        if kind == "MLFlowLogger":
+            found[name] = {"key": "run_id", "value": str(logger.run_id)}
+        elif kind == "WandbLogger":
+            found[name] = {"key": "id", "value": str(logger.experiment.id)}
+    if found:
+        write_json(folder / LOGGED, found)
 
 
 def final_scalars(results: Mapping[str, Any]) -> dict[str, float]:

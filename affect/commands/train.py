@@ -64,7 +64,7 @@ from affect.commands.run_folder import (
     same_run,
     store,
 )
-from affect.commands.run_logs import log_results, log_settings
+from affect.commands.run_logs import continued, log_results, log_settings, note_logged
 from affect.commands.starting_point import apply_starting_point, people_before
 from affect.data.datamodule import FaceDataModule
 from affect.data.dataset import read_points
@@ -377,6 +377,7 @@ def _train(
         console.print(f"continuing from {last}")
     else:
         log_settings(trainer.loggers, config)
+    note_logged([name for name, node in (config.get("logger") or {}).items() if node], trainer.loggers, output)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed)
     if module.shards is not None:
         module.shards.gather(module)
@@ -474,6 +475,9 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
     # Averages copy the model when training starts: by then it has to be the quantized one.
     others.sort(key=lambda callback: not isinstance(callback, QuantizationAwareTraining))
     nodes = config.get("logger") or {}
+    output = Path(config.paths.output)
+    if (output / LAST).is_file() and not config.force:
+        nodes = continued(nodes, output)
     loggers = [assembly.make(node, f"logger.{name}") for name, node in nodes.items() if node]
     partial = assembly.make(config.trainer, "trainer", _partial_=True)
     environment = cluster_environment()

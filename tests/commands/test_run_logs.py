@@ -38,7 +38,7 @@ class Recorder:
         self.settings, self.scalars, self.steps, self.pictures = {}, {}, [], {}
         self.ended = None
         self.experiment = self
-        self.run_id = "7"
+        self.run_id = self.id = "7"
 
     def log_hyperparams(self, settings):
         self.settings |= settings
@@ -163,3 +163,49 @@ def test_scalars_of_a_run_are_the_same_for_every_logger_and_fit_mlflow(tmp_path)
     assert logged == pytest.approx(record["value"])
     assert results["starts"] == 1
     assert results["made_of"]["table"]
+
+
+def test_a_run_that_goes_on_is_one_run_for_its_loggers(tmp_path):
+    """An interrupted run has noted under which name MLflow and W&B keep it."""
+    nodes = configuration.compose("train", ["logger=[csv,mlflow,wandb]", f"paths.output={tmp_path}"]).logger
+    assert run_logs.continued(nodes, tmp_path) == dict(nodes)
+    run_logs.note_logged(list(nodes), [CSVLogger(), MLFlowLogger(), WandbLogger()], tmp_path)
+    found = run_logs.continued(nodes, tmp_path)
+    assert list(found) == list(nodes)
+    assert found["csv"] == nodes.csv
+    assert (found["mlflow"].run_id, found["wandb"].id) == ("7", "7")
+    assert found["mlflow"].tracking_uri == nodes.mlflow.tracking_uri
+    nodes.wandb.id = "mine"
+    assert run_logs.continued(nodes, tmp_path)["wandb"].id == "mine"
+    assert "mlflow" not in run_logs.continued({"csv": nodes.csv}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_the_package_keeps_one_run_of_two_starts(name, tmp_path, monkeypatch):
+    pytest.importorskip(name)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    arguments = [*QUICK, f"logger={name}", f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'c'}"]
+    config = configuration.compose("train", [*arguments, "trainer.max_epochs=2"])
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "select_weights", lambda *arguments: 1 / 0)  # behind the last epoch
+        with pytest.raises(ZeroDivisionError):
+            train.run(config)
+    (first,) = json.loads((tmp_path / "run" / "loggers.json").read_text()).values()
+    if name == "wandb":
+        import wandb
+
+        wandb.finish()
+    train.run(configuration.compose("train", [*arguments, "trainer.max_epochs=2"]))
+    (second,) = json.loads((tmp_path / "run" / "loggers.json").read_text()).values()
+    assert first == second
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["starts"] == 2
+    if name == "mlflow":
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(config.logger.mlflow.tracking_uri)
+        (experiment,) = client.search_experiments(filter_string=f"name = '{config.name}'")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert "test/au/f1/mean" in run.data.metrics
+    else:
+        folders = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+        assert folders == {second["value"]}
