@@ -90,7 +90,8 @@ PLAIN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}|_[\w .+-]{1,99}")
 """Names of tasks and datasets, which become columns and folders."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_FORMULA = re.compile(r"[=@]|[+-](?![\d.]+$)")
+_NUMBER = r"(?:inf|\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+_FORMULA = re.compile(rf"[=@]|[+-](?!{_NUMBER}(?: to [+-]?{_NUMBER})?$)")
 
 COMPRESSION = "compression"
 """Node of a config that says how the layers of a compressed model differ from those that its node ``model`` builds."""

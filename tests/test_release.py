@@ -468,12 +468,19 @@ def test_texts_cannot_move_the_cursor_of_a_terminal(folder: Path, name: str) -> 
         assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "@SUM(1)", "+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0"])
+@pytest.mark.parametrize("name", ["=HYPERLINK(1)", "@SUM(1)", "+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0", "-2+3"])
 def test_no_output_is_a_formula_of_a_spreadsheet(folder: Path, name: str) -> None:
     labels = json.loads((folder / "labels.json").read_text())
     (folder / "labels.json").write_text(json.dumps(labels | {"au": [name, "AU2"]}))
     with pytest.raises(CheckpointError, match=r"labels.json: an output cannot be named .*, which is a formula"):
         read_release(folder)
+
+
+@pytest.mark.parametrize("name", ["-30 to -10", "-inf to 2.5", "-1e-05 to 0", "-1", "10 to 30", "AU-1"])
+def test_ranges_of_numbers_are_names_of_outputs(folder: Path, name: str) -> None:
+    labels = json.loads((folder / "labels.json").read_text())
+    (folder / "labels.json").write_text(json.dumps(labels | {"au": [name, "AU2"]}))
+    assert read_release(folder).labels["au"] == [name, "AU2"]
 
 
 def test_texts_of_any_size_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,7 @@ def data_settings(config: DictConfig, release: Release, trust: list[str]) -> Dic
         for key in ("keep", "subsets", "headline"):  # A mapping is replaced, not mixed with that of another protocol.
             if key in given:
                 settings.protocol[key] = given[key]
+        settings.protocol.allow_leak = bool(given.get("allow_leak"))  # who reads the numbers says so, no checkpoint
     if not settings.get("protocol"):
         raise ConfigError("name a protocol=… (e.g. protocol=default)")
     if config.get("allow_leak"):

@@ -369,3 +369,7 @@ def test_a_training_on_two_sets_of_the_same_people_stops_with_the_names(table: P
     found = results(tmp_path / "run")
     assert "SN011" in found["data"]["leaks"][0]
     assert "LEAK: 1 people of disfa" in (tmp_path / "run" / "release" / "README.md").read_text()
+    # Who trains may let a leak pass; who evaluates says so again.
+    with pytest.raises(DataError, match=r"allow_leak=true"):
+        evaluate.run(evaluation(tmp_path / "run", tmp_path / "out"))
+    evaluate.run(evaluation(tmp_path / "run", tmp_path / "out", "allow_leak=true"))
