@@ -132,6 +132,25 @@ def traceable(network: nn.Module) -> Iterator[None]:
             m.fused_attn = True  # type: ignore[assignment]
 
 
+@contextmanager
+def running(network: nn.Module) -> Iterator[list[str]]:
+    """Yield the names of the modules that are running, the innermost last: after an error, where it was."""
+    names: list[str] = []
+
+    def leave(*_: object) -> None:
+        names.pop()
+
+    hooks = []
+    for name, module in network.named_modules():
+        hooks += [module.register_forward_pre_hook(lambda *_, name=name: names.append(name))]
+        hooks += [module.register_forward_hook(leave)]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class PruningGraph:
     """The units of a network that can be removed without changing the shape of its output.
 
@@ -156,14 +175,13 @@ class PruningGraph:
                 raise ConfigError(f"{name}: is compressed already ({type(layer).__name__}); prune before other methods")
         library = _library()
         self.graph = library.DependencyGraph()
-        with traceable(network), warnings.catch_warnings():
+        with traceable(network), running(network) as entered, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 self.graph.build_dependency(network, self.example, verbose=False)
             except Exception as error:
-                raise ConfigError(
-                    f"{type(network).__name__}: torch-pruning cannot follow this network: {error}"
-                ) from error
+                place = ".".join(entered[-1:]) or f"a {type(network).__name__}"
+                raise ConfigError(f"{place}: torch-pruning cannot follow this network: {error}") from error
         self.names = {layer: name for name, layer in network.named_modules()}
         self.attention = {
             attention.qkv: attention  # type: ignore[misc]
@@ -269,7 +287,12 @@ class PruningGraph:
                 group = self.groups[name]
                 channels = sorted(group.units[units].flatten().tolist())
                 with traceable(self.network):
-                    self.graph.get_pruning_group(group.root, group.handler, channels).prune()
+                    try:
+                        self.graph.get_pruning_group(group.root, group.handler, channels).prune()
+                    except Exception as error:
+                        raise ConfigError(
+                            f"{name}: torch-pruning cannot remove its channels ({error}); name it in protect=[…]"
+                        ) from error
                 for qkv, attention in self.attention.items():
                     if self.names[qkv] == name:
                         self._fit_attention(attention, qkv, len(units))

@@ -318,6 +318,32 @@ def test_a_network_that_torch_pruning_misreads_names_a_layer() -> None:
         SInGE(criterion="l2", rounds=1, tune_steps=0, final_steps=0)(network, Data(example=torch.zeros(1, 1, 4, 4)))
 
 
+class Odd(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.from_numpy(x.detach().numpy() > x.numpy())  # what needs a gradient has no array
+
+
+@pytest.mark.parametrize("fails", ["Graph", "Removal"])
+def test_a_network_that_cannot_be_followed_names_the_place(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning
+
+    odd = nn.Sequential(nn.Identity(), Odd()) if fails == "Graph" else nn.Sequential(nn.Identity())
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), odd, nn.Conv2d(8, 4, 3)).eval()
+    if fails == "Graph":
+        with pytest.raises(ConfigError, match=r"^2\.1: torch-pruning cannot follow this network: .*numpy"):
+            PruningGraph(network, torch.zeros(1, 3, 12, 12))
+    else:
+        graph = PruningGraph(network, torch.zeros(1, 3, 12, 12))
+
+        def broken(*_: object) -> None:
+            raise IndexError("7 is out of range")
+
+        monkeypatch.setattr(torch_pruning.DependencyGraph, "get_pruning_group", broken)
+        with pytest.raises(ConfigError, match=r"^0: torch-pruning cannot remove its channels \(7 is out.*protect="):
+            graph.prune({"0": torch.tensor([1])})
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
