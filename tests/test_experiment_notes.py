@@ -18,6 +18,7 @@ QUOTING = {
     "affect/models/pal/README.md": "pal",
     "affect/models/thin/README.md": "thin",
     "affect/models/task_token_transformer/README.md": "uncertainty",
+    "affect/quantization/README.md": "qat",
     "affect/tasks/README.md": "rhls",
 }
 ESTIMATE = r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]"
@@ -42,7 +43,8 @@ def test_a_kept_table_is_that_of_its_experiment(name: str) -> None:
     assert f"affect reproduce experiment=controlled/{name} scale=paper" in text
     header, _, *arms = rows(text)
     assert [row[0] for row in arms] == list(scale.get("arms") or plan["arms"])
-    assert [title for title in header[1:] if not title.endswith(f" − {plan['baseline']}")] == list(plan["measures"])
+    baseline = plan["baseline"] if isinstance(plan["baseline"], str) else "baseline"
+    assert [title for title in header[1:] if not title.endswith(f" − {baseline}")] == list(plan["measures"])
     assert (KEPT / f"{name}.png").stat().st_size > 1000
     assert f"[{name}]({name}.md)" in (KEPT / "README.md").read_text(encoding="utf-8")
 
