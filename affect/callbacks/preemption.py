@@ -231,4 +231,5 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece: Slurm writes to the same file at this moment
+    sys.stderr.flush()

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +109,14 @@ def _wait_for_a_signal() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
     pytest.fail("it went on")
+
+
+def test_what_it_says_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm writes to the same file while a job is told to end; two writes let it in between a line and its end."""
+    wrote: list[str] = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=wrote.append, flush=lambda: None))
+    preemption._say("saved")
+    assert wrote == ["saved\n"]
 
 
 def test_a_command_leaves_at_once_where_there_is_no_batch(capsys: pytest.CaptureFixture[str]) -> None:
