@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from affect.commands.benchmarks import (
@@ -80,13 +81,29 @@ def run(config: DictConfig) -> None:
     out = Path(config.out) if config.out else Path("benchmarks") / f"{config.what}.json"
     rows = rows_of(config, out.parent)
     console = Console()
-    shown = Table(title=f"benchmark {config.what}")
-    for column in rows[0]:
-        shown.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        shown.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(shown)
+    show(rows, f"benchmark {config.what}", console)
     write_json(
         out, {"benchmark": config.what, "threads": int(config.threads), "rows": rows, "environment": environment()}
     )
     console.print(f"[bold]{out}[/bold]")
+
+
+def show(rows: Sequence[Mapping[str, Any]], title: str, console: Console) -> None:
+    """Print rows as a table whose numbers are whole; what all rows share stands below it.
+
+    A table that is wider than the console is printed as wide as it is: lines that a terminal breaks are read, and
+    numbers that are cut are not.
+    """
+    texts = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    shared = [len(rows) > 1 and len({text[k] for text in texts}) == 1 for k in range(len(rows[0]))]
+    shown = Table(title=title)
+    for (column, value), same in zip(rows[0].items(), shared, strict=True):
+        if not same:
+            shown.add_column(column, justify="left" if isinstance(value, str) else "right", no_wrap=True)
+    for text in texts:
+        shown.add_row(*(value for value, same in zip(text, shared, strict=True) if not same))
+    wanted = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
+    Console(file=console.file, width=max(wanted, console.width)).print(shown)
+    common = ", ".join(f"{column} {texts[0][k]}" for k, column in enumerate(rows[0]) if shared[k])
+    if common:
+        console.print(f"all rows: {common}", soft_wrap=True, highlight=False, markup=False)
