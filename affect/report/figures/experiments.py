@@ -34,7 +34,7 @@ def experiment_figure(measures: Mapping[str, Cells], title: str = "", level: flo
     panels = list(grid.flat)
     for empty in panels[len(measures) :]:
         empty.remove()
-    for panel, (name, cells) in zip(panels, measures.items(), strict=False):
+    for panel, (name, cells) in zip(panels[: len(measures)], measures.items(), strict=True):
         for row, arm in enumerate(arms):
             values = np.array([value for value in cells[arm].values() if value is not None], float)
             values = values[np.isfinite(values)]
