@@ -8,6 +8,7 @@ differs. Optimisation stays automatic.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
@@ -82,10 +83,13 @@ class Objective(nn.Module):
             parent = layer
             while parent not in modules:  # the root's name is empty
                 parent = parent.rpartition(".")[0]
+            named = sorted(filter(None, modules), key=len, reverse=True)
+            # A name without its parents is looked for among the last parts; the shortest whole name wins.
+            ends = {full.rpartition(".")[2]: full for full in named}
+            close = [] if "." in layer else difflib.get_close_matches(layer, ends, n=1)
+            told = f"did you mean {ends[close[0]]}?" if close else near(layer, named)
             inside = ", ".join(child for child, _ in modules[parent].named_children()) or "no layers"
-            raise ConfigError(
-                f"objective {name}: no layer {layer!r}; {near(layer, modules)} ({parent or 'the model'} holds {inside})"
-            )
+            raise ConfigError(f"objective {name}: no layer {layer!r}; {told} ({parent or 'the model'} holds {inside})")
 
     def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
         """Return the sum of the objective over the samples it applies to, and their number."""

@@ -146,9 +146,10 @@ def test_an_objective_reaches_the_layers_below_its_tap() -> None:
     assert not module.taps
 
 
-def test_a_tap_on_a_layer_that_does_not_exist_names_the_near_ones() -> None:
-    module = make_module(objectives={"activation": Activation("encoder.model.layr2")})
-    with pytest.raises(ConfigError, match=r"no layer 'encoder.model.layr2'; did you mean .*encoder.model.layer2"):
+@pytest.mark.parametrize("written", ["encoder.model.layr2", "layr2"])
+def test_a_tap_on_a_layer_that_does_not_exist_names_the_near_ones(written: str) -> None:
+    module = make_module(objectives={"activation": Activation(written)})
+    with pytest.raises(ConfigError, match=rf"no layer '{written}'; did you mean .*encoder.model.layer2"):
         module.setup("fit")
 
 
