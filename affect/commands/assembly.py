@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,30 @@ def make(node: Any, what: str, **keywords: Any) -> Any:  # noqa: ANN401
     try:
         return instantiate(node, _convert_="object", **keywords)
     except InstantiationException as error:
+        foreign = _foreign_key(error, node)
+        if foreign is not None:
+            raise foreign from error
         raise translated(error, what) from error
+
+
+def _foreign_key(error: InstantiationException, node: Any) -> ConfigError | None:  # noqa: ANN401
+    """Return the error of a key that a class does not take: mostly one set for another member of a config group."""
+    named = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    place = re.search(r"full_key: ([\w.]+)$", str(error))
+    if named is None or place is None or not isinstance(node, DictConfig):
+        return None
+    key = _own_key(node._get_root(), place[1])
+    return ConfigError(
+        f"{key}.{named[2]}: {named[1]} takes no {named[2]}; where that was set for another {key} (by an experiment, a "
+        f"sweep, another dataset), leave it out with '~{key}.{named[2]}'"
+    )
+
+
+def _own_key(root: Any, key: str) -> str:  # noqa: ANN401
+    """Return where a node is written that others point to: ``model.encoder`` is ``encoder``."""
+    name = key.rpartition(".")[2]
+    same = isinstance(root, DictConfig) and name in root and root[name] == OmegaConf.select(root, key)
+    return name if same else key
 
 
 def translated(error: BaseException, what: str) -> AffectError:

@@ -149,7 +149,7 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
         setting.seeds.sort()
         setting.folds.sort(key=lambda fold: (int(fold) if fold.isdecimal() else -1, fold))
     if not any(setting.runs for setting in settings.values()):
-        said = [f"{name}: {reason}" for name, s in settings.items() for reason in s.reasons.values()]
+        said = [f"{name}: {why}" if name else why for name, s in settings.items() for why in s.reasons.values()]
         raise DataError(f"{folder}: no finished run" + (f" ({said[0]})" if said else ""))
     if set(settings) == {UNNAMED}:
         only = settings.pop(UNNAMED)

@@ -463,6 +463,12 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
             them, and without callbacks that need a validation part; None trains as the config says.
     """
     nodes = config.get("callbacks") or {}
+    for name, node in nodes.items():
+        if node and "_target_" not in node:
+            raise ConfigError(
+                f"callbacks.{name}: {', '.join(map(str, node))} of a callback that is not chosen; choose it "
+                f"(callbacks=[default,…]) or leave its settings out with '~callbacks.{name}'"
+            )
     callbacks = [assembly.make(node, f"callbacks.{name}") for name, node in nodes.items() if node]
     bars = [callback for callback in callbacks if isinstance(callback, pl.callbacks.ProgressBar)]
     if not config.trainer.get("enable_progress_bar", True):

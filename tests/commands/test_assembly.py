@@ -345,3 +345,30 @@ def test_every_shipped_dataset_can_be_one_of_several() -> None:
             protocol = OmegaConf.load(config_directory() / "protocol" / f"{alone['protocol'][0]}.yaml")
             assert Protocol(**resolved["protocol"]) == Protocol(**OmegaConf.to_container(protocol)), name
             assert resolved["prepare"]["name"] == alone["prepare"][0], name
+
+
+def test_a_key_for_another_encoder_is_named_with_the_line_that_leaves_it_out() -> None:
+    config = compose_config("train", ["sweep=faces_folds", "encoder=timm"])
+    with pytest.raises(ConfigError, match=r"^encoder\.widths: TimmEncoder takes no widths; .*'~encoder\.widths'$"):
+        assembly.build_model(config, {})
+    # A run resolves its config first: what pointed to the encoder is then a copy of it.
+    parts = {name: OmegaConf.to_container(config[name], resolve=True) for name in ("encoder", "model")}
+    with pytest.raises(ConfigError, match=r"^encoder\.widths: TimmEncoder takes no widths"):
+        assembly.make(OmegaConf.create(parts).model, "model", _partial_=True)
+    without = compose_config("train", ["sweep=faces_folds", "encoder=timm", "~encoder.widths"])
+    assert "widths" not in without.model.encoder
+
+
+def test_settings_of_a_callback_that_is_not_chosen_are_refused() -> None:
+    config = compose_config("train", ["callbacks=[default]", "+callbacks.qat.freeze_norms=3"])
+    with pytest.raises(
+        ConfigError, match=r"^callbacks\.qat: freeze_norms of a callback that is not chosen.*'~callbacks"
+    ):
+        train.build_trainer(config, [])
+
+
+def test_the_small_recipe_trains_in_float_without_its_quantization() -> None:
+    small = compose_config("train", ["experiment=cpu_small"])
+    assert (small.callbacks.qat.activations, small.callbacks.qat.freeze_norms) == (8, 15)
+    float_one = compose_config("train", ["experiment=cpu_small", "callbacks=[default]"])
+    assert list(float_one.callbacks) == list(compose_config("train", []).callbacks)

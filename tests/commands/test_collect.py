@@ -375,6 +375,12 @@ def test_bad_input(sweep, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no finished run"):
         collected(tmp_path / "empty")
+    (tmp_path / "failed").mkdir()
+    listed = read_json(sweep / "sweep.json")
+    failed = {"state": "failed", "reason": "job 0 (seed=1): encoder.widths: none", "varied": {"seed": "1"}}
+    write_json(tmp_path / "failed" / "sweep.json", listed | {"jobs": [listed["jobs"][0] | failed]})
+    with pytest.raises(DataError, match=r"no finished run \(encoder\.widths: none\)$"):
+        collected(tmp_path / "failed")
     with pytest.raises(ConfigError, match=r"baseline=0\.1"):
         collected(sweep, "baseline='0.1'")
     with pytest.raises(ConfigError, match=r"no run has a key optimizer\.rl; did you mean optimizer\.lr"):
