@@ -84,6 +84,25 @@ def note(
     )
 
 
+def frame_notes(rows: Rows, tasks: Mapping[str, Task], *, numbered: bool = False) -> dict[int, list[FaceNote]]:
+    """Return what is drawn for the faces of frames, by the frame's index into ``rows.frames``.
+
+    Args:
+        rows: Faces and what was read in them.
+        tasks: Tasks by name.
+        numbered: Faces carry the number of their track.
+    """
+    notes: dict[int, list[FaceNote]] = {}
+    decoded: dict[str, np.ndarray] = {}
+    for name, values in rows.values.items():
+        decoded |= tasks[name].decode(values)
+    for k, (row, observation) in enumerate(zip(rows.seen.tolist(), rows.observations, strict=True)):
+        cells = {column: column_values[k] for column, column_values in decoded.items()}
+        number = int(rows.track[row]) if numbered else None
+        notes.setdefault(int(rows.frame[row]), []).append(note(observation, cells, tasks, number))
+    return notes
+
+
 class Pictures:
     """Writes annotated copies: a picture of each photograph with a face, a video of each video.
 
@@ -118,14 +137,7 @@ class Pictures:
 
     def add(self, rows: Rows) -> None:
         """Draw frames."""
-        notes: dict[int, list[FaceNote]] = {}
-        decoded: dict[str, np.ndarray] = {}
-        for name, values in rows.values.items():
-            decoded |= self.tasks[name].decode(values)
-        for k, (row, observation) in enumerate(zip(rows.seen.tolist(), rows.observations, strict=True)):
-            cells = {column: column_values[k] for column, column_values in decoded.items()}
-            number = int(rows.track[row]) if self._video is not None else None
-            notes.setdefault(int(rows.frame[row]), []).append(note(observation, cells, self.tasks, number))
+        notes = frame_notes(rows, self.tasks, numbered=self._video is not None)
         for k, frame in enumerate(rows.frames):
             if frame.image is None:
                 continue

@@ -235,8 +235,12 @@ COMMANDS = (
             ("run", "folder of a run of affect train or affect evaluate"),
             ("out", "HTML file to write; by default report.html in the run's folder"),
             ("open", "true opens it in a browser"),
+            ("demo", "true serves it with a place to drop photographs that the model reads (port=8000)"),
         ),
-        ("show run=runs/first_run/orl-test/1a2b3c4d/seed1 open=true",),
+        (
+            "show run=runs/first_run/orl-test/1a2b3c4d/seed1 open=true",
+            "show run=runs/first_run/orl-test/1a2b3c4d/seed1 demo=true",
+        ),
     ),
     Command(
         "check",

@@ -31,9 +31,13 @@ th { text-align: left; border-bottom: 1px solid #999; } th, td { padding: 0.15re
 .poor { color: #b84a00; } .note { color: #666; font-size: 0.85rem; white-space: pre-line; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; } figcaption { color: #666; font-size: 0.85rem; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; white-space: pre-wrap; }
+.drop { display: block;
+  border: 2px dashed #999; border-radius: 8px; padding: 2rem; text-align: center; cursor: pointer; }
+.drop[data-state=reading] { opacity: 0.5; cursor: wait; }
 @media (prefers-color-scheme: dark) { img { background: #fff; } }
 """
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a page that only shows may do."""
 
 
 def html_table(table: Table) -> str:
@@ -60,11 +64,13 @@ def _cell(tag: str, cell: object, kind: str) -> str:
     return f"<{tag}{f' class={chr(34)}{named}{chr(34)}' if named else ''}>{escape(_plain(cell))}</{tag}>"
 
 
-def run_page(folder: Path) -> str:
+def run_page(folder: Path, section: str = "", policy: str = POLICY) -> str:
     """Return the page of a finished run.
 
     Args:
         folder: Folder of ``affect train`` or ``affect evaluate``.
+        section: HTML below the run's facts.
+        policy: What the page may do (``Content-Security-Policy``).
 
     Raises:
         DataError: If there is no ``results.json`` in it.
@@ -73,7 +79,7 @@ def run_page(folder: Path) -> str:
         raise DataError(f"run={folder}: no results.json in it; give the folder of a finished run")
     results = read_json(folder / "results.json")
     title = str(results.get("name") or folder.name)
-    parts = [f"<h1>{escape(title)}</h1>", _facts(results)]
+    parts = [f"<h1>{escape(title)}</h1>", _facts(results), *([section] if section else [])]
     headline = results.get("headline") or []
     if headline:
         parts.append(html_table(results_table(headline, "headline", note=provenance(results))))
@@ -90,7 +96,7 @@ def run_page(folder: Path) -> str:
             parts.append(f"<h2>{heading}</h2><pre>{escape(text)}</pre>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from affect.report.experiments import Cells, estimate
 
@@ -92,6 +93,10 @@ def tradeoff_figure(
             if arms == [family] and means:
                 panel.axhline(means[0], color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         panel.set_xscale("log")
+        # Plain numbers at 1, 2 and 5: those of the default, 4 × 10², run into each other.
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel(against)
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
