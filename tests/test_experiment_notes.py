@@ -19,6 +19,7 @@ QUOTING = {
     "affect/models/thin/README.md": "thin",
     "affect/models/task_token_transformer/README.md": "uncertainty",
     "affect/quantization/README.md": "qat",
+    "affect/compression/README.md": "compression",
     "affect/tasks/README.md": "rhls",
 }
 ESTIMATE = r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]"
