@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
+import sys
 import threading
+import traceback
 from collections.abc import Callable
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,31 +38,40 @@ from affect.report.figures import annotate_faces
 from affect.report.page import POLICY, html_table
 from affect.report.predictions import decision_name
 
-MEGABYTES, MEGAPIXELS = 32, 64
-"""The largest file and picture that are read."""
+MEGABYTES, MEGAPIXELS, LONGEST_SIDE = 32, 64, 30_000
+"""The largest file and picture that are read; what is drawn at a picture's side has room in a JPEG's 65,500 pixels."""
+_PART = 2**16
+"""Bytes that are sent at once: the time limit of a slow line is for each of them, not for the page."""
 _OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 _SCRIPT = """
 const zone = document.getElementById("drop"), answer = document.getElementById("answer");
-const file = document.getElementById("file");
-async function read(image) {
-  if (!image) return;
+const file = document.getElementById("file"), most = Number(zone.dataset.most);
+let asked = 0;
+async function read(files) {
+  const mine = ++asked;
+  let text, shown = false;
   zone.dataset.state = "reading";
-  try {
-    const response = await fetch("read", { method: "POST", body: image });
-    const text = await response.text();
-    if (response.ok) answer.innerHTML = text; else answer.textContent = text;
-  } catch (error) { answer.textContent = "The server does not answer; was it ended?"; }
+  if (!files.length) text = "That was no file; save the picture first.";
+  else if (files.length > 1) text = `These were ${files.length} files; one at a time is read.`;
+  else if (files[0].size > most * 2**20) text = `More than ${most} MiB; take a smaller file.`;
+  else try {
+    const response = await fetch("read", { method: "POST", body: files[0] });
+    text = await response.text();
+    shown = response.ok;
+  } catch (error) { text = "The server does not answer; was it ended?"; }
+  if (mine !== asked) return;
+  if (shown) answer.innerHTML = text; else answer.textContent = text;
   zone.dataset.state = "done";
 }
 document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => { event.preventDefault(); read(event.dataTransfer.files[0]); });
-document.addEventListener("paste", (event) => read(event.clipboardData.files[0]));
-file.addEventListener("change", () => { read(file.files[0]); file.value = ""; });
+document.addEventListener("drop", (event) => { event.preventDefault(); read([...event.dataTransfer.files]); });
+document.addEventListener("paste", ({ clipboardData: { files } }) => { if (files.length) read([...files]); });
+file.addEventListener("change", () => { read([...file.files]); file.value = ""; });
 """
 _SECTION = f"""<h2>Try a photograph</h2>
-<label id="drop" class="drop">Drop a photograph here, paste one, or <u>choose a file</u>.
-<input type="file" id="file" accept="image/*" hidden></label>
+<label id="drop" class="drop" data-most="{MEGABYTES}">Drop a photograph here, paste one, or <u>choose a file</u>.
+<input type="file" id="file" accept="image/*"></label>
 <div id="answer" aria-live="polite"></div>
 <script>{_SCRIPT}</script>
 """
@@ -103,11 +114,13 @@ class PhotographReader:
         Raises:
             DataError: If it is none, or too large.
         """
-        image = decode_upload(data)
-        with self._one_at_a_time:
-            faces = [TrackedFace(face, -1, detected=True) for face in find_faces(self.finder, [image])[0]]
-            observations = [face.observation for face in faces]
-            read = read_faces(self.predictor, [image] * len(faces), observations)
+        with self._one_at_a_time:  # finders and networks are not made for several threads, nor memory for many pictures
+            return self._read(decode_upload(data))
+
+    def _read(self, image: np.ndarray) -> str:
+        faces = [TrackedFace(face, -1, detected=True) for face in find_faces(self.finder, [image])[0]]
+        observations = [face.observation for face in faces]
+        read = read_faces(self.predictor, [image] * len(faces), observations)
         rows = make_rows([Frame(0, None, image, "photograph")], [faces], read)
         tasks = self.predictor.tasks
         drawn = annotate_faces(image, frame_notes(rows, tasks).get(0, []), top=MOST_BARS)
@@ -126,7 +139,7 @@ class PhotographReader:
         shown = Table(title=name)
         shown.add_column("")
         for face in range(table.num_rows):
-            shown.add_column(f"face {face}" if table.num_rows > 1 else "", justify="right")
+            shown.add_column(f"face {face + 1}" if table.num_rows > 1 else "", justify="right")
         names = self.columns.by_task[name]
         for column in names:
             if column.endswith("_c") and column.removesuffix("_c") in names:
@@ -147,22 +160,36 @@ def decode_upload(data: bytes) -> np.ndarray:
     """Return RGB uint8 ``(H, W, 3)`` of a photograph from a browser, turned as the camera noted.
 
     Raises:
-        DataError: If it is no image, or has more than ``MEGAPIXELS``; that is read from its header.
+        DataError: If it is no image, or larger than ``MEGAPIXELS`` or ``LONGEST_SIDE``, which its header tells.
     """
-    array = np.frombuffer(data, np.uint8)
-    name = Path("photograph")
+    most = f"at most {MEGAPIXELS} million are read, and {LONGEST_SIDE:,} in a row"
+    unread = f"not an image that can be read ({len(data)} bytes); take JPEG, PNG, WebP or BMP"
     try:
-        with Image.open(pa.BufferReader(data)) as header:
+        with Image.open(io.BytesIO(data)) as header:
             width, height = header.size
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"not an image that can be read ({len(data)} bytes); take JPEG, PNG, WebP or BMP") from error
-    if width * height > MEGAPIXELS * 10**6:
-        raise DataError(f"{width} x {height} pixels; at most {MEGAPIXELS} million are read")
-    picture = open_encoded(array, name)
-    return picture.image if isinstance(picture, DecodedPicture) else picture.pixels()
+    except Image.DecompressionBombError as error:
+        raise DataError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} million pixels; {most}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(unread) from error
+    if width * height > MEGAPIXELS * 10**6 or max(width, height) > LONGEST_SIDE:
+        raise DataError(f"{width} x {height} pixels; {most}")
+    try:
+        picture = open_encoded(np.frombuffer(data, np.uint8), Path("photograph"))
+        return picture.image if isinstance(picture, DecodedPicture) else picture.pixels()
+    except DataError as error:  # it speaks of files of a data set
+        raise DataError(unread) from error
 
 
 # -------------------------------------------------------------------------------------------------- the server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401 - as the base has it
+        """Be silent about browsers that went away; anything else is a mistake of this program."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def make_server(page: str, read: Callable[[bytes], str], port: int) -> ThreadingHTTPServer:
@@ -170,12 +197,14 @@ def make_server(page: str, read: Callable[[bytes], str], port: int) -> Threading
 
     Args:
         page: HTML.
-        read: Returns HTML for the bytes of an image.
+        read: Returns HTML for the bytes of an image. Where it fails with an error that is none of this package's, the
+            terminal tells which, the browser that there was one, and the server goes on.
         port: 0 takes a free one.
 
     Raises:
         ConfigError: If the port cannot be had.
     """
+    require_port(port)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -184,38 +213,38 @@ def make_server(page: str, read: Callable[[bytes], str], port: int) -> Threading
         def do_GET(self) -> None:
             if not self._from_here():
                 return
-            found = urlsplit(self.path).path == "/"
+            found = self.path.partition("?")[0] == "/"
             self._answer(*((HTTPStatus.OK, page) if found else (HTTPStatus.NOT_FOUND, "There is no such page.")))
 
         def do_POST(self) -> None:
             if not self._from_here():
                 return
             size = self.headers.get("Content-Length", "")
-            if urlsplit(self.path).path != "/read":
+            if self.path != "/read":
                 self._answer(HTTPStatus.NOT_FOUND, "There is no such page.", drop=True)
-            elif not size.isdecimal():
+            elif not size.isdecimal() or len(size) > 18:
                 self._answer(HTTPStatus.LENGTH_REQUIRED, "The length of the file is missing.", drop=True)
             elif int(size) > MEGABYTES * 2**20:
                 message = f"{int(size) / 2**20:.0f} MiB; at most {MEGABYTES} are read."
                 self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, drop=True)
             else:
                 data = self.rfile.read(int(size))
-                try:
-                    self._answer(HTTPStatus.OK, read(data))
-                except AffectError as error:
-                    self._answer(HTTPStatus.BAD_REQUEST, str(error))
+                if len(data) < int(size):  # the browser went away
+                    self.close_connection = True
+                    return
+                self._answer(*answer_of(read, data))
 
         def _from_here(self) -> bool:
             """Refuse pages of others, which reach this address under a name of theirs or from within a browser."""
-            origin = self.headers.get("Origin")
-            hosts = [self.headers.get("Host", ""), *([] if origin is None else [urlsplit(origin).netloc])]
-            if all(host.rpartition(":")[0] in _OWN_NAMES or host in _OWN_NAMES for host in hosts):
+            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+            own = host.rpartition(":")[0] in _OWN_NAMES or host in _OWN_NAMES
+            if own and origin in (None, f"http://{host}"):
                 return True
             self._answer(HTTPStatus.FORBIDDEN, "Only pages of this machine are answered.", drop=True)
             return False
 
         def _answer(self, status: HTTPStatus, text: str, *, drop: bool = False) -> None:
-            body = text.encode()
+            body = text.encode(errors="replace")
             kind = "text/html" if status is HTTPStatus.OK else "text/plain"
             self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -227,14 +256,35 @@ def make_server(page: str, read: Callable[[bytes], str], port: int) -> Threading
                 self.send_header("Connection", "close")
                 self.close_connection = True
             self.end_headers()
-            self.wfile.write(body)
+            for start in range(0, len(body), _PART):
+                self.wfile.write(body[start : start + _PART])
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep the terminal for what the user has to know."""
 
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"port={port}: {escape(str(error))}; port=0 takes a free one") from error
-    server.daemon_threads = True
-    return server
+        return _Server(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise ConfigError(f"port={port}: {error.strerror}; port=0 takes a free one") from error
+
+
+def require_port(port: object) -> None:
+    """Refuse what is no port, before a model is read.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 2**16:
+        raise ConfigError(f"port={port}: give a whole number from 0 to 65535; 0 takes a free one")
+
+
+def answer_of(read: Callable[[bytes], str], data: bytes) -> tuple[HTTPStatus, str]:
+    """Return what a browser is told of an image, whatever happens while it is read."""
+    try:
+        return HTTPStatus.OK, read(data)
+    except AffectError as error:
+        return HTTPStatus.BAD_REQUEST, str(error)
+    except Exception as error:  # the browser waits for an answer, and the next photograph may well be read
+        traceback.print_exc()
+        message = f"This photograph could not be read: {type(error).__name__}; the terminal tells more."
+        return HTTPStatus.INTERNAL_SERVER_ERROR, message

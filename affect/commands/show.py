@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import webbrowser
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def serve(config: DictConfig, folder: Path, console: Console) -> None:
     from affect.commands.predict import points_scheme, require_points
     from affect.commands.predictor import open_predictor
 
+    demo.require_port(config.port)
     page = run_page(folder, demo.demo_section(), demo.demo_policy())
     predictor = open_predictor(folder, list(config.trust))
     finder = assembly.make(config.finder, "finder")
@@ -51,7 +53,8 @@ def serve(config: DictConfig, folder: Path, console: Console) -> None:
     with demo.make_server(page, reader, config.port) as server:
         address = f"http://127.0.0.1:{server.server_port}/"
         console.print(f"[bold]{address}[/bold] (Ctrl-C ends it)", soft_wrap=True)
-        _open(config, console, address, "the address")
+        # A browser in the terminal, as webbrowser starts on a machine without a screen, ends only when it is left.
+        threading.Thread(target=_open, args=(config, console, address, "the address"), daemon=True).start()
         server.serve_forever()
 
 

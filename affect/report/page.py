@@ -31,8 +31,9 @@ th { text-align: left; border-bottom: 1px solid #999; } th, td { padding: 0.15re
 .poor { color: #b84a00; } .note { color: #666; font-size: 0.85rem; white-space: pre-line; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; } figcaption { color: #666; font-size: 0.85rem; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.85rem; white-space: pre-wrap; }
-.drop { display: block;
+.drop { display: block; position: relative;
   border: 2px dashed #999; border-radius: 8px; padding: 2rem; text-align: center; cursor: pointer; }
+.drop input { position: absolute; opacity: 0; } .drop:focus-within { outline: 2px solid; }
 .drop[data-state=reading] { opacity: 0.5; cursor: wait; }
 @media (prefers-color-scheme: dark) { img { background: #fff; } }
 """

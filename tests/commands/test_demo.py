@@ -6,13 +6,18 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
+import io
 import itertools
 import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
+import time
+import urllib.request
+import webbrowser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +31,11 @@ from PIL import Image
 from affect.commands import demo, predict, show
 from affect.commands.predictor import open_predictor
 from affect.errors import ConfigError, DataError
-from affect.geometry import FaceApiFinder
+from affect.geometry import CropRecipe, FaceApiFinder
 from affect.report.page import run_page
+from affect.tasks import Attributes
 from tests.commands.test_predict import read, release  # noqa: F401 - a fixture
-from tests.commands.test_show import Reader, run_folder  # noqa: F401 - a fixture
+from tests.commands.test_show import ATTACK, Reader, run_folder  # noqa: F401 - a fixture
 
 data = pytest.importorskip("skimage.data")
 
@@ -106,10 +112,76 @@ def test_a_photograph_is_turned_as_the_camera_noted(tmp_path: Path) -> None:
     assert demo.decode_upload((tmp_path / "turned.jpg").read_bytes()).shape == (40, 20, 3)
 
 
+def test_several_faces_have_the_numbers_of_the_picture(
+    reader: demo.PhotographReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+    monkeypatch.setattr(
+        "affect.report.figures.annotate._draw_tag",
+        lambda *arguments: drawn.append([int(arguments[-1])]) or [],
+    )
+    two = cv2.cvtColor(np.hstack([data.astronaut()] * 2), cv2.COLOR_RGB2BGR)
+    answer = reader(cv2.imencode(".png", two)[1].tobytes())
+    assert "2 faces found" in answer
+    assert drawn == [[1], [2]]
+    assert "face 1</th>" in answer
+    assert "face 2</th>" in answer
+    assert "face 0" not in answer
+
+
+def test_names_of_a_stranger_are_text(photograph: bytes) -> None:
+    class Stranger:
+        tasks = {ATTACK: Attributes([ATTACK, "smile"])}  # noqa: RUF012
+        recipe = CropRecipe(size=32)
+        typical: dict[str, np.ndarray] = {}  # noqa: RUF012
+        thresholds, delivered = None, False
+
+        def predict(self, crops: np.ndarray) -> dict[str, np.ndarray]:
+            return {ATTACK: np.full((len(crops), 2), 0.75, np.float32)}
+
+    page = Reader(demo.PhotographReader(Stranger(), FaceApiFinder(), "68")(photograph))
+    assert page.text.count(ATTACK) == 2, "the task's and the attribute's"
+    assert {tag for tag, _ in page.tags} == {
+        "figure",
+        "img",
+        "p",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
+    assert {name for _, attributes in page.tags for name in attributes} == {"alt", "src", "class"}
+
+
+def picture(kind: str, mode: str, **options: Any) -> bytes:
+    base = Image.new("I;16" if mode == "I;16" else mode, (40, 20), 25700 if mode == "I;16" else 100)
+    stream = io.BytesIO()
+    base.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("PNG", "L"), ("PNG", "LA"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1"), ("PNG", "I;16"), ("JPEG", "CMYK"),
+     ("JPEG", "L"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("TIFF", "RGB")],
+)  # fmt: skip
+def test_every_usual_picture_becomes_colours(kind: str, mode: str) -> None:
+    image = demo.decode_upload(picture(kind, mode))
+    assert (image.shape, image.dtype) == ((20, 40, 3), np.uint8)
+
+
 @pytest.mark.parametrize("content", [b"", b"<svg onload=alert(1)>", b"\xff\xd8 not a picture", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_image_is_refused(content: bytes) -> None:
-    with pytest.raises(DataError, match=r"not an image that can be read|not a readable image"):
+    with pytest.raises(DataError, match=r"not an image that can be read .*; take JPEG, PNG, WebP or BMP"):
         demo.decode_upload(content)
+
+
+def test_a_file_that_is_cut_short_is_not_told_of_as_one_of_a_data_set(photograph: bytes) -> None:
+    with pytest.raises(DataError, match=r"^not an image that can be read \(60 bytes\); take JPEG"):
+        demo.decode_upload(photograph[:60])
 
 
 def test_an_image_cut_short_is_read_or_refused_but_never_crashes(photograph: bytes) -> None:
@@ -122,13 +194,23 @@ def test_too_many_pixels_are_refused_by_their_header() -> None:
     import struct
     import zlib
 
-    head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
-    with pytest.raises(DataError, match=r"pixels|not an image"):
-        demo.decode_upload(b"\x89PNG\r\n\x1a\n" + chunk)
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    with pytest.raises(DataError, match=r"^more than \d+ million pixels; at most 64 million are read"):
+        demo.decode_upload(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
     wide = cv2.imencode(".png", np.zeros((8000, 8200), np.uint8))[1].tobytes()
     with pytest.raises(DataError, match="8200 x 8000 pixels; at most 64 million"):
         demo.decode_upload(wide)
+    long = cv2.imencode(".png", np.zeros((2, 30_001), np.uint8))[1].tobytes()
+    with pytest.raises(DataError, match=r"30001 x 2 pixels; .* 30,000 in a row"):
+        demo.decode_upload(long)
+
+
+def test_a_line_of_pixels_is_answered(reader: demo.PhotographReader) -> None:
+    for shape in ((1, 1), (1, 30_000), (30_000, 3)):
+        assert "no faces found" in reader(cv2.imencode(".png", np.zeros((*shape, 3), np.uint8))[1].tobytes()), shape
 
 
 def test_only_this_machine_is_answered() -> None:
@@ -150,6 +232,9 @@ def test_only_this_machine_is_answered() -> None:
             {"Host": "127.0.0.1.evil.example"},
             {"Origin": "http://evil.example"},  # a stranger's page that asks for this address
             {"Origin": "null"},
+            {"Origin": "http://["},
+            {"Origin": f"http://localhost:{port + 1}"},  # another program of this machine
+            {"Origin": f"https://127.0.0.1:{port}"},
         ):
             assert request(port, **headers)[0] == 403, headers
             assert request(port, "POST", "/read", b"y", **headers)[0] == 403, headers
@@ -158,7 +243,8 @@ def test_only_this_machine_is_answered() -> None:
         assert request(port, "POST", "/other", b"x")[0] == 404
         large = request(port, "POST", "/read", **{"Content-Length": str(33 * 2**20)})
         assert large[:2] == (413, "33 MiB; at most 32 are read.")
-        assert request(port, "POST", "/read", **{"Content-Length": "-1"})[0] == 411
+        for length in ("-1", "1e3", "9" * 5000):
+            assert request(port, "POST", "/read", **{"Content-Length": length})[0] == 411
         assert asked == [b"x"]
 
 
@@ -169,6 +255,95 @@ def test_errors_are_text() -> None:
     with served("", answer) as port:
         status, text, response = request(port, "POST", "/read", b"x")
     assert (status, text, response.getheader("Content-Type")) == (400, "<b>no</b>", "text/plain; charset=utf-8")
+
+
+def test_an_error_of_the_program_is_an_answer_and_the_next_photograph_is_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(content: bytes) -> str:
+        if content == b"x":
+            raise ZeroDivisionError("deep inside")
+        return "<p>read</p>"
+
+    with served("", answer) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        for content, expected in ((b"x", 500), (b"y", 200)):  # on one line to the browser
+            connection.request("POST", "/read", content)
+            response = connection.getresponse()
+            text = response.read().decode()
+            assert response.status == expected
+            assert ("ZeroDivisionError; the terminal tells more" in text) == (expected == 500)
+            assert "deep inside" not in text
+        connection.close()
+    assert "ZeroDivisionError: deep inside" in capsys.readouterr().err
+
+
+def test_a_browser_that_goes_away_is_not_the_terminals_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[bytes] = []
+    gone = threading.Event()
+
+    def answer(content: bytes) -> str:
+        asked.append(content)
+        gone.wait(10)
+        return "<p>read</p>" * 10**6
+
+    head = "POST /read HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+    with served("<p>page</p>", answer) as port:
+        for sent in ("x", "12345"):
+            line = socket.create_connection(("127.0.0.1", port))
+            line.sendall((head + sent).encode())
+            if sent == "12345":
+                while not asked:
+                    time.sleep(0.01)
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # reset, not ended
+            line.close()
+        gone.set()
+        assert request(port)[0] == 200
+        time.sleep(0.2)
+    assert asked == [b"12345"], "what was cut short is not read"
+    assert capsys.readouterr().err == ""
+
+
+def test_the_page_is_served_while_a_browser_is_open(
+    compose: Callable[..., DictConfig],
+    run_folder: Path,  # noqa: F811
+    release: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(release, run_folder / "release", dirs_exist_ok=True)
+    servers, seen = [], []
+    make = demo.make_server
+
+    def made(*arguments: Any) -> Any:
+        servers.append(make(*arguments))
+        return servers[-1]
+
+    def browse(address: str) -> bool:
+        try:
+            with urllib.request.urlopen(address, timeout=10) as page:
+                seen.append(page.read().decode())
+        finally:
+            servers[0].shutdown()
+        return True
+
+    monkeypatch.setattr(demo, "make_server", made)
+    monkeypatch.setattr(webbrowser, "open", browse)
+    show.run(compose("show", f"run={run_folder}", "demo=true", "port=0", "open=true"))
+    assert "Try a photograph" in seen[0]
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 80.5, "web", None, True])
+def test_what_is_no_port_is_refused_at_once(
+    port: Any,
+    compose: Callable[..., DictConfig],
+    run_folder: Path,  # noqa: F811
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^port={port}: give a whole number from 0 to 65535"):
+        demo.make_server("", str, port)
+    config = compose("show", f"run={run_folder}", "demo=true")
+    config.port = port
+    with pytest.raises(ConfigError, match=rf"^port={port}: "):
+        show.run(config)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -255,7 +430,7 @@ new Promise((resolve) => {
     .observe(zone, { attributes: true });
   const bytes = Uint8Array.from(atob("%s"), (letter) => letter.charCodeAt(0));
   const dropped = new DataTransfer();
-  dropped.items.add(new File([bytes], "photograph.png"));
+  for (let k = 0; k < %d; k++) dropped.items.add(new File([bytes], "photograph.png"));
   zone.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true, cancelable: true }));
 })
 """
@@ -276,15 +451,20 @@ def test_a_photograph_dropped_in_a_browser_is_read(
         browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
         while not browser.run("document.readyState === 'complete' && !!document.getElementById('drop')"):
             pass
-        assert browser.run(DROP % base64.b64encode(photograph).decode())
+        assert browser.run(DROP % (base64.b64encode(photograph).decode(), 1))
         told = browser.run("document.getElementById('answer').innerText")
         assert "1 face found" in told, told
         assert "AU01" in told
         shown = browser.run("document.querySelector('#answer img').naturalWidth")
         assert shown >= 512, "the page's policy shows the picture"
         cv2.imwrite(str(tmp_path / "page.png"), cv2.cvtColor(browser.picture(), cv2.COLOR_RGB2BGR))
-        assert browser.run(DROP % base64.b64encode(b"no picture").decode())
+        assert browser.run(DROP % (base64.b64encode(b"no picture").decode(), 1))
         told = browser.run("document.getElementById('answer').innerText")
         assert told.startswith("not an image that can be read"), told
+        for count, expected in ((0, "That was no file"), (2, "These were 2 files")):
+            assert browser.run(DROP % ("", count))
+            assert browser.run("document.getElementById('answer').innerText").startswith(expected)
+        browser.run(f"read([{{ size: {33 * 2**20} }}])")
+        assert browser.run("document.getElementById('answer').innerText").startswith("More than 32 MiB")
         browser.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.bad = 1'}))")
         assert browser.run("window.bad === undefined"), "the page's policy runs no other script"

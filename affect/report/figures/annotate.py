@@ -22,6 +22,8 @@ from affect.report.records import facs_name
 _PANEL, _TRACK, _RULE = (250, 250, 250), (224, 224, 224), (200, 200, 200)
 _SHIFT = 4
 _SMALLEST_SIDE = 384
+_LONGEST_SIDE = 4096
+"""Up to which a long, narrow picture is enlarged: a line of 60,000 pixels would need 26 GB."""
 _SMALLEST_TEXT = 11
 _PANEL_WIDTH = 17.0
 """Width of a panel's column in units of its text size."""
@@ -197,7 +199,9 @@ def _number(face: FaceNote, index: int) -> int:
 
 def enlargement(height: int, width: int) -> int:
     """Return the whole factor by which ``annotate_faces`` enlarges a picture of this size."""
-    return max(1, math.ceil(_SMALLEST_SIDE / min(height, width))) if min(height, width) < _SMALLEST_SIDE * 0.75 else 1
+    if min(height, width) >= _SMALLEST_SIDE * 0.75:
+        return 1
+    return max(1, min(math.ceil(_SMALLEST_SIDE / min(height, width)), _LONGEST_SIDE // max(height, width)))
 
 
 @dataclass(frozen=True)

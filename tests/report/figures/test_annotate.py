@@ -122,6 +122,8 @@ def test_small_pictures_are_enlarged_by_a_whole_factor():
     assert enlargement(48, 48) == 8
     assert enlargement(512, 512) == 1
     assert enlargement(300, 4000) == 1
+    assert enlargement(1, 60_000) == 1, "memory does not grow with its length squared"
+    assert enlargement(100, 1200) == 3
     gradient = np.tile(np.arange(0, 240, 5, dtype=np.uint8)[:, None, None], (1, 48, 3))
     result = annotate_face(gradient)
     assert result.shape[0] == 384
