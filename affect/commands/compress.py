@@ -82,6 +82,7 @@ def run(config: DictConfig) -> None:
     encoders = list(module.encoder_modules())
     if not encoders:
         raise ConfigError(f"a {type(module).__name__} has no encoder that could be compressed")
+    require_protected(config.compression, [backbone(encoder) for _, encoder in encoders])
     image, shown = parity_faces(release.preprocess)
     require_losses(transforms, module, folder)
     expected = predicted(module, image)
@@ -143,6 +144,22 @@ def build_transforms(config: DictConfig) -> list[Transform]:
         known = sorted(path.stem for path in (config_directory() / "compression").glob("*.yaml"))
         raise ConfigError(f"name what to do: compression=[<method>,…]; there are {', '.join(known)}")
     return [assembly.make(node, f"compression.{name}") for name, node in nodes.items()]
+
+
+def require_protected(nodes: Mapping[str, Any], networks: Sequence[nn.Module]) -> None:
+    """Refuse names of layers to protect that none of the networks has: a misspelt one would not be protected.
+
+    Raises:
+        ConfigError: With the name and what is near it.
+    """
+    names = {name for network in networks for name, _ in network.named_modules() if name}
+    for method, node in nodes.items():
+        given = node.get("protect") or ()
+        if isinstance(given, str):
+            raise ConfigError(f"compression.{method}.protect={given}: give a list, [{given}]")
+        for name in given:
+            if str(name) not in names:
+                raise ConfigError(f"compression.{method}.protect: no layer {name}; {near(str(name), names)}")
 
 
 def require_losses(transforms: Sequence[Transform], module: AffectModule, folder: Path) -> None:

@@ -343,6 +343,16 @@ def test_merged_channels_and_codebooks_are_written_packed_and_evaluated(
     exported_alike(compose, out, tmp_path / "model.onnx")
 
 
+def test_a_layer_to_protect_that_is_not_there_is_refused(compose: Compose, run: Path, tmp_path: Path) -> None:
+    for given, told in (
+        ("[model.conv2]", r"uniform\.protect: no layer model\.conv2; did you mean model\.conv1"),
+        ("model.conv1", r"uniform\.protect=model\.conv1: give a list, \[model\.conv1\]"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            compressed(compose, run, tmp_path / "out", "uniform", f"compression.uniform.protect={given}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_told_before_anything_is_written(
     compose: Compose, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
