@@ -232,7 +232,7 @@ COMMANDS = (
         "show",
         "Write a finished run as one HTML page: numbers, figures and model card.",
         (
-            ("run", "folder of a run of affect train or affect evaluate"),
+            ("run", "folder of a run of affect train or affect evaluate, or a release"),
             ("out", "HTML file to write; by default report.html in the run's folder"),
             ("open", "true opens it in a browser"),
             ("demo", "true serves it with a place to drop photographs that the model reads (port=8000)"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished run as one HTML page: numbers, figures and model card, without a script, a server or another file.
+"""A finished run, or a release, as one HTML page: numbers, figures, model card, without a script, a server or another file.
 
 Pictures are part of the page, so that it can be mailed or attached. Everything that comes from a run is escaped, and
 the page's policy forbids scripts and every address: a page of a stranger's run only shows.
@@ -66,20 +66,21 @@ def _cell(tag: str, cell: object, kind: str) -> str:
 
 
 def run_page(folder: Path, section: str = "", policy: str = POLICY) -> str:
-    """Return the page of a finished run.
+    """Return the page of a finished run, or of a release, which has no numbers but those of its card.
 
     Args:
-        folder: Folder of ``affect train`` or ``affect evaluate``.
+        folder: Folder of ``affect train`` or ``affect evaluate``, or a release.
         section: HTML below the run's facts.
         policy: What the page may do (``Content-Security-Policy``).
 
     Raises:
-        DataError: If there is no ``results.json`` in it.
+        DataError: If it is neither.
     """
-    if not (folder / "results.json").is_file():
-        raise DataError(f"run={folder}: no results.json in it; give the folder of a finished run")
-    results = read_json(folder / "results.json")
-    title = str(results.get("name") or folder.name)
+    finished = (folder / "results.json").is_file()
+    if not finished and not (folder / "labels.json").is_file():
+        raise DataError(f"run={folder}: no results.json in it; give the folder of a finished run, or a release")
+    results = read_json(folder / "results.json") if finished else {}
+    title = str(results.get("name") or folder.absolute().name)
     parts = [f"<h1>{escape(title)}</h1>", _facts(results), *([section] if section else [])]
     headline = results.get("headline") or []
     if headline:
@@ -91,7 +92,8 @@ def run_page(folder: Path, section: str = "", policy: str = POLICY) -> str:
         if any(record.get("subgroup") for record in records):
             parts += [html_table(table) for table in subgroup_tables(records, note=note)]
     parts += _figures(sorted(path for path in (folder / "figures").rglob("*") if path.suffix in _TYPES), folder)
-    for name, heading in (("release/README.md", "Model card"), ("config.yaml", "Configuration")):
+    card = "release/README.md" if finished else "README.md"
+    for name, heading in ((card, "Model card"), ("config.yaml", "Configuration")):
         if (folder / name).is_file():
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
             parts.append(f"<h2>{heading}</h2><pre>{escape(text)}</pre>")

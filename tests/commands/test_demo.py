@@ -363,6 +363,13 @@ def test_the_page_runs_its_own_script_only(run_folder: Path) -> None:  # noqa: F
     assert "script" not in {tag for tag, _ in Reader(run_page(run_folder)).tags}
 
 
+def test_a_release_has_a_page_of_its_card(release: Path) -> None:  # noqa: F811
+    page = Reader(run_page(release, demo.demo_section(), demo.demo_policy()))
+    assert release.name in page.text
+    assert "Model cardcard" in page.text
+    assert "drop" in {attributes.get("id") for _, attributes in page.tags}
+
+
 # -------------------------------------------------------------------------------------------------- in a browser
 
 
