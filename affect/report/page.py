@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished run, or a release, as one HTML page: numbers, figures, model card, without a script, a server or another file.
+"""A finished run or a release as one HTML page: numbers, figures, model card, without script, server or another file.
 
 Pictures are part of the page, so that it can be mailed or attached. Everything that comes from a run is escaped, and
 the page's policy forbids scripts and every address: a page of a stranger's run only shows.
