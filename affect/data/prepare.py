@@ -467,7 +467,7 @@ def _limit_threads() -> None:
     import torch
 
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(0)  # in a process that was forked, 1 would wait for threads that only its parent has
 
 
 def _advance(done: int, missed: int) -> None:

@@ -575,6 +575,7 @@ class Slow(RedSquares):
 
 @pytest.mark.parametrize("store", ["files", "shards"])
 def test_two_runs_at_once_do_each_unit_once(photographs, tmp_path, store):
+    cv2.resize(np.zeros((4000, 4000), np.uint8), (2000, 2000), interpolation=cv2.INTER_CUBIC)  # starts OpenCV's threads
     (tmp_path / "seen").mkdir()
     finder = functools.partial(Slow, tmp_path / "seen", 0.05)
     work, units = work_of(photographs, tmp_path / "out", finder=finder, store=store), plan(photographs, 4)
