@@ -29,7 +29,7 @@ from rich.text import Text
 from affect.commands.face_pictures import MOST_BARS, frame_notes
 from affect.commands.face_rows import Columns, make_rows
 from affect.commands.predictor import Predictor, read_faces
-from affect.data.images import DecodedPicture, open_encoded
+from affect.data.images import decode
 from affect.data.video import Frame
 from affect.errors import AffectError, ConfigError, DataError
 from affect.geometry import FaceFinder
@@ -69,23 +69,19 @@ document.addEventListener("drop", (event) => { event.preventDefault(); read([...
 document.addEventListener("paste", ({ clipboardData: { files } }) => { if (files.length) read([...files]); });
 file.addEventListener("change", () => { read([...file.files]); file.value = ""; });
 """
-_SECTION = f"""<h2>Try a photograph</h2>
+SECTION = f"""<h2>Try a photograph</h2>
 <label id="drop" class="drop" data-most="{MEGABYTES}">Drop a photograph here, paste one, or <u>choose a file</u>.
 <input type="file" id="file" accept="image/*"></label>
 <div id="answer" aria-live="polite"></div>
 <script>{_SCRIPT}</script>
 """
+"""The part of the page that takes photographs."""
 
 
 def demo_policy() -> str:
     """Return the page's policy: that of a page that only shows, its own script, and requests to its own server."""
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     return f"{POLICY}; script-src 'sha256-{digest}'; connect-src 'self'"
-
-
-def demo_section() -> str:
-    """Return the part of the page that takes photographs."""
-    return _SECTION
 
 
 # -------------------------------------------------------------------------------------------------- one photograph
@@ -174,8 +170,7 @@ def decode_upload(data: bytes) -> np.ndarray:
     if width * height > MEGAPIXELS * 10**6 or max(width, height) > LONGEST_SIDE:
         raise DataError(f"{width} x {height} pixels; {most}")
     try:
-        picture = open_encoded(np.frombuffer(data, np.uint8), Path("photograph"))
-        return picture.image if isinstance(picture, DecodedPicture) else picture.pixels()
+        return decode(np.frombuffer(data, np.uint8), Path("photograph"))
     except DataError as error:  # it speaks of files of a data set
         raise DataError(unread) from error
 

@@ -19,7 +19,7 @@ def run(config: DictConfig) -> None:
     """Write the page of a run, or serve it (``demo``), and open it in a browser where ``open`` asks for that.
 
     Raises:
-        DataError: If there is no finished run.
+        DataError: If the folder is neither a finished run nor a release.
         KeyboardInterrupt: After Ctrl-C, which ends a server.
     """
     folder = Path(config.run).expanduser()
@@ -45,7 +45,7 @@ def serve(config: DictConfig, folder: Path, console: Console) -> None:
     from affect.commands.predictor import open_predictor
 
     demo.require_port(config.port)
-    page = run_page(folder, demo.demo_section(), demo.demo_policy())
+    page = run_page(folder, demo.SECTION, demo.demo_policy())
     predictor = open_predictor(folder, list(config.trust))
     finder = assembly.make(config.finder, "finder")
     require_points(predictor.recipe, finder)

@@ -357,14 +357,14 @@ def test_a_demo_writes_no_page(compose: Callable[..., DictConfig], run_folder: P
 
 
 def test_the_page_runs_its_own_script_only(run_folder: Path) -> None:  # noqa: F811
-    page = run_page(run_folder, demo.demo_section(), demo.demo_policy())
+    page = run_page(run_folder, demo.SECTION, demo.demo_policy())
     [policy] = [attributes["content"] for tag, attributes in Reader(page).tags if "http-equiv" in attributes]
     assert re.search(r"default-src 'none'; .*script-src 'sha256-[\w+/=]+'; connect-src 'self'$", str(policy))
     assert "script" not in {tag for tag, _ in Reader(run_page(run_folder)).tags}
 
 
 def test_a_release_has_a_page_of_its_card(release: Path) -> None:  # noqa: F811
-    page = Reader(run_page(release, demo.demo_section(), demo.demo_policy()))
+    page = Reader(run_page(release, demo.SECTION, demo.demo_policy()))
     assert release.name in page.text
     assert "Model cardcard" in page.text
     assert "drop" in {attributes.get("id") for _, attributes in page.tags}
@@ -453,7 +453,7 @@ def test_a_photograph_dropped_in_a_browser_is_read(
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("no Chromium here")
-    page = run_page(run_folder, demo.demo_section(), demo.demo_policy())
+    page = run_page(run_folder, demo.SECTION, demo.demo_policy())
     with served(page, reader) as port, contextlib.closing(Browser(program, tmp_path / "profile")) as browser:
         browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
         while not browser.run("document.readyState === 'complete' && !!document.getElementById('drop')"):
