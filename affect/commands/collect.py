@@ -126,7 +126,9 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
     settings: dict[str, Setting] = {}
     there = [(path, job, (path / RESULTS).is_file()) for path, job in _folders(folder, data)]
     missing = [(path, job) for path, job, finished in there if not finished]
-    found = [(path, job, read_json(path / RESULTS)) for path, job, finished in there if finished]
+    read = [(path, job, read_json(path / RESULTS)) for path, job, finished in there if finished]
+    # What an experiment did to a trained model, compression e.g., has results and a release, too, but is no training.
+    found = [(path, job, results) for path, job, results in read if "config" in results]
     for key in by if found else ():
         if not any(_has(results["config"], key) for _, _, results in found):
             known = [name for name, _ in configuration.leaves(found[0][2]["config"])]

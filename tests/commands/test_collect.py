@@ -369,6 +369,17 @@ def test_trials_of_a_search_are_not_compared(sweep):
     assert any("not compared" in note for note in told["notes"])
 
 
+def test_what_an_experiment_did_to_a_trained_model_is_no_training(sweep, tmp_path):
+    (sweep / "sweep.json").unlink()
+    runs = collected(sweep, "by=[optimizer.lr]")["tables"]
+    (sweep / "compressed" / "release").mkdir(parents=True)
+    write_json(sweep / "compressed" / "results.json", {"metrics": {}, "findings": {}, "settings": {}})
+    assert collected(sweep, "by=[optimizer.lr]")["tables"] == runs
+    shutil.copytree(sweep / "compressed", tmp_path / "alone" / "compressed")
+    with pytest.raises(DataError, match="no finished run"):
+        collected(tmp_path / "alone")
+
+
 def test_bad_input(sweep, tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
         collected(tmp_path / "none")
