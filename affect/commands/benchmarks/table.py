@@ -8,6 +8,7 @@ delivered batches. Every row shows the same crop, decoded anew, so that only tab
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 import time
@@ -120,7 +121,8 @@ def worker_memory(data: FaceDataModule, workers: int, context: str, batches: int
     loader = data.train_dataloader()
     plain = DataLoader(
         loader.dataset,
-        sampler=loader.order,
+        # No more than are fetched: a spawned worker that has to end while it still sends a batch may abort.
+        sampler=list(itertools.islice(loader.order, workers * batches)),
         batch_size=None,
         num_workers=workers,
         collate_fn=loader.collate_fn,
@@ -128,7 +130,7 @@ def worker_memory(data: FaceDataModule, workers: int, context: str, batches: int
         multiprocessing_context=context,
     )
     iterator = iter(plain)
-    for _ in range(min(workers * batches, len(plain))):
+    for _ in range(len(plain)):
         next(iterator)
     found = [unique_memory(worker.pid) for worker in iterator._workers]  # type: ignore[attr-defined]
     iterator._shutdown_workers()  # type: ignore[attr-defined]
