@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -119,8 +120,7 @@ class TimmEncoder(nn.Module):
             default_mean, default_std = self._load_packaged()
         elif weights:
             self._load_file(Path(weights))
-        self.mean = tuple(float(x) for x in (mean or default_mean))
-        self.std = tuple(float(x) for x in (std or default_std))
+        self.mean, self.std = _normalisation(mean or default_mean, std or default_std)
         # One pass over the pixels: x * scale + shift is (x / 255 - mean) / std.
         scale = 1 / (torch.tensor(self.std, dtype=torch.float64) * 255)
         shift = -torch.tensor(self.mean, dtype=torch.float64) * 255 * scale
@@ -362,7 +362,7 @@ class PlainConvolutions(nn.Module):
             )
         self.image_size, self.output = int(image_size), output
         self.num_features = int(widths[-1]) * (side**2 if output == "flat" else 1)
-        self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+        self.mean, self.std = _normalisation(mean, std)
         layers = []
         for number, (before, after) in enumerate(itertools.pairwise([3, *(int(width) for width in widths)])):
             parts: list[nn.Module] = [nn.Conv2d(before, after, 3, padding=1)]
@@ -449,13 +449,10 @@ class Pixels(nn.Module):
         super().__init__()
         if pretrained or weights:
             raise ConfigError("encoder=pixels has no pretrained weights; leave encoder.weights and .pretrained")
-        if int(image_size) < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError(
-                f"encoder: image_size={image_size}, mean={list(mean)}, std={list(std)}: a side of 1 pixel or more, "
-                "three means and three positive deviations are needed"
-            )
+        if int(image_size) < 1:
+            raise ConfigError(f"encoder: image_size={image_size}: a side of 1 pixel or more is needed")
         self.image_size, self.grey, self.num_features = int(image_size), bool(grey), 1 if grey else 3
-        self.mean, self.std = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+        self.mean, self.std = _normalisation(mean, std)
         self.model = nn.Identity()
         scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float64))
         shift = -torch.tensor(self.mean, dtype=torch.float64) / torch.tensor(self.std, dtype=torch.float64)
@@ -472,6 +469,22 @@ class Pixels(nn.Module):
     def layer_index(self) -> dict[str, int]:
         """Return nothing: there are no parameters."""
         return {}
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return means and deviations of the three channels.
+
+    Raises:
+        ConfigError: If they are none: a stranger's 0 or NaN would make every prediction NaN.
+    """
+    means, deviations = tuple(float(x) for x in mean), tuple(float(x) for x in std)
+    finite = all(map(math.isfinite, (*means, *deviations)))
+    if len(means) != 3 or len(deviations) != 3 or not finite or min(deviations) <= 0:
+        raise ConfigError(
+            f"encoder.mean={list(means)}, encoder.std={list(deviations)}: three means and three positive deviations "
+            "are needed"
+        )
+    return means, deviations
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -139,6 +139,8 @@ def test_packaged_weights_classify_real_photographs() -> None:
         ({"name": "test_resnet", "trainable": "some"}, "write all, none, or a number"),
         ({"name": "test_resnet", "pretrained": True, "weights": "x"}, "not both"),
         ({"name": "test_resnet", "weights": "packaged"}, "no package ships weights of test_resnet"),
+        ({"name": "test_resnet", "std": (0.2, 0.0, 0.2)}, "three positive deviations"),
+        ({"name": "test_resnet", "mean": (0.2, float("nan"), 0.2)}, "three means"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(arguments: dict, message: str) -> None:
@@ -205,6 +207,7 @@ def test_plain_convolutions_normalise():
         ({"widths": []}, "allows 1 to 3"),
         ({"output": "tokens"}, "encoder.output"),
         ({"weights": "x.pth"}, "no pretrained weights"),
+        ({"std": [0.2, float("inf"), 0.2]}, "three positive deviations"),
     ],
 )
 def test_plain_convolutions_refuse(arguments, message):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from affect.commands import decisions
 from affect.data.batch import FaceBatch
 from affect.data.dataset import turned
+from affect.errors import CheckpointError
 from affect.foreign import Adapter, open_checkpoint
 from affect.foreign.opening import Predictor as Module
 from affect.foreign.opening import build_predictor
@@ -77,7 +78,7 @@ class CheckpointPredictor:
         where: str = PREPROCESS,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.tasks, self.device = tasks, torch.device(device)
+        self.tasks, self.device, self.where = tasks, torch.device(device), where
         self.module = module.to(self.device)
         self.recipe = prediction_recipe(preprocess)
         self.typical: Mapping[str, NDArray[np.float64]] = points_in_crops(preprocess)
@@ -85,12 +86,21 @@ class CheckpointPredictor:
         self.thresholds = decisions.read_thresholds(preprocess, where)
 
     def predict(self, crops: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Return the values of each task.
+
+        Raises:
+            CheckpointError: If some are not finite, as those of damaged or hostile weights.
+        """
         images = torch.from_numpy(np.ascontiguousarray(crops)).permute(0, 3, 1, 2).contiguous()
         batch = FaceBatch(image=images, targets={}, masks={})
         with torch.inference_mode():
-            return {
+            found = {
                 name: v.float().cpu().numpy() for name, v in self.module.predict_step(batch.to(self.device)).items()
             }
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"{self.where}: the model's values of {name} are not finite: it cannot be used")
+        return found
 
 
 def open_predictor(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from affect.commands import predictor as reading
 from affect.commands.landmarks import landmark_provider
 from affect.commands.predictor import face_crops, open_predictor, points_in_crops, prediction_recipe, read_faces
+from affect.errors import CheckpointError
 from affect.geometry import CropRecipe, FaceObservation, transform_points
 from affect.geometry.providers import coarser_points, mean_face
 from affect.geometry.templates import FACE_68, WFLW_TO_68
@@ -88,6 +90,16 @@ def test_boxes_decide_where_the_checkpoint_says_nothing_of_points(model: Path, m
     assert not predictor.typical
     _, matrices = face_crops(predictor, [seen([0, 0, 90, 70])])
     np.testing.assert_allclose(matrices[0], predictor.recipe.matrix(box=[0, 0, 90, 70]))
+
+
+def test_values_that_are_not_finite_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = open_predictor(model, device="cpu")
+    assert isinstance(predictor, reading.CheckpointPredictor)
+    crops = np.zeros((2, SIZE, SIZE, 3), np.uint8)
+    assert predictor.predict(crops)
+    monkeypatch.setattr(predictor.module, "predict_step", lambda _: {"points": torch.tensor([[0.5], [torch.nan]])})
+    with pytest.raises(CheckpointError, match=r"preprocess\.json: the model's values of points are not finite"):
+        predictor.predict(crops)
 
 
 def test_aligned_crops_follow_from_their_recipe_alone() -> None:
