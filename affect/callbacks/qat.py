@@ -29,7 +29,8 @@ class QuantizationAwareTraining(pl.Callback):
         activations: Bits of what layers of an encoder are fed; None quantizes weights only.
         modules: Sub-modules that are quantized; ``[all]`` is the whole model (weights only).
         also: With ``activations``: further sub-modules of which only weights are quantized.
-        outer: First and last layer: bits, ``same`` as the rest, or ``float``.
+        outer: The first layer of each encoder, and the heads where ``modules`` or ``also`` hold them: bits, ``same``
+            as the rest, or ``float``. What a head is fed stays float.
         scale: Weights only, of a number of bits: ``max`` or ``mean``.
         skip: Patterns of parameters that stay float.
         learned: With ``activations``: learn the steps of the grids. None learns them below 8 bits.

@@ -344,7 +344,7 @@ def _train(
     inference.require_subset_columns(sources, datamodule.protocol.subsets or {})
     inference.require_absent_values(datamodule.sources, tasks, datamodule.protocols, datamodule.part_rows(TEST))
     summary = datamodule.summary()
-    summary["notes"] += [*left_out, *protocol_notes(config, summary)]
+    summary["notes"] += [*left_out, *protocol_notes(config, summary), *freeze_notes(config)]
     before = people_before(config)
     summary["leaks"] = [*summary["leaks"], *weight_leaks(config, datamodule, before)]
     bound = assembly.bound_config(config, tasks)
@@ -437,6 +437,20 @@ def leave_out_classes(datamodule: FaceDataModule) -> None:
     for task in datamodule.tasks.values():
         if isinstance(task, Expression) and task.classes is not None and gone:
             task.classes = tuple(name for name in task.classes if name not in gone)
+
+
+def freeze_notes(config: DictConfig) -> list[str]:
+    """Return which epochs of callbacks a training never reaches: what they freeze then trains to the end."""
+    epochs, notes = config.trainer.max_epochs, []
+    for name, node in (config.get("callbacks") or {}).items():
+        for key in ("freeze_norms", "freeze_observers"):
+            epoch = node.get(key) if isinstance(node, DictConfig) else None
+            if isinstance(epoch, int) and 0 <= epochs <= epoch:
+                notes.append(
+                    f"callbacks.{name}.{key}={epoch} is never reached: the last epoch is {epochs - 1} "
+                    f"(trainer.max_epochs={epochs})"
+                )
+    return notes
 
 
 def protocol_notes(config: DictConfig, summary: dict[str, Any]) -> list[str]:

@@ -55,8 +55,8 @@ class Quantization:
         activations: Bits of what layers are fed: unsigned behind a ReLU, signed elsewhere. None quantizes weights only.
         modules: Sub-modules by their dotted names. ``[all]`` is the whole model (weights only).
         also: With ``activations``: further sub-modules of which only weights are quantized.
-        outer: The first layer of an encoder and the last one of the model: a number of bits, ``same`` as the rest,
-            or ``float``.
+        outer: The first layer of an encoder, and the heads where ``modules`` or ``also`` hold them: a number of bits,
+            ``same`` as the rest, or ``float``. What a head is fed stays float.
         scale: Of a number of bits, weights only: the grid's step from the largest weight (``max``) or ``mean``.
         skip: Patterns of parameters that stay float.
         learned: With ``activations``: learn the steps of the grids (LSQ) rather than follow the ranges. None learns

@@ -134,6 +134,9 @@ def test_processes_quantize_alike(sweeps: dict[str, Path]) -> None:
     results = json.loads((run / "results.json").read_text())
     assert results["batch"]["processes"] == 2
     assert results["quantization"]["activations"] is not None
+    held = [path.read_text() for path in sorted(run.glob("quantizers-*.txt"))]
+    assert len(held) == 2
+    assert held[0] == held[1]  # each process has seen batches, and so ranges, of its own
 
 
 @pytest.mark.slow

@@ -338,3 +338,10 @@ def test_a_dataset_without_action_units_is_one_line(tmp_path: Path, compose: Cal
     with pytest.raises(DataError, match="no table has an action unit column") as caught:
         train.run(config)
     assert "\n" not in str(caught.value)
+
+
+def test_an_epoch_that_is_never_reached_is_noted(compose: Callable[..., DictConfig]) -> None:
+    line = ("callbacks=[default,qat]", "callbacks.qat.freeze_norms=5")
+    assert train.freeze_notes(compose("train", *line, "trainer.max_epochs=6")) == []
+    (said,) = train.freeze_notes(compose("train", *line, "trainer.max_epochs=5"))
+    assert said.startswith("callbacks.qat.freeze_norms=5 is never reached: the last epoch is 4 (trainer.max_epochs=5)")
