@@ -28,6 +28,7 @@ from affect.data.images import read_image
 from affect.data.protocol import TRAIN, hashed_people
 from affect.errors import ConfigError, DataError
 from affect.export import Difference
+from affect.files import require_writable
 from affect.geometry import CropRecipe, FaceApiFinder
 from affect.models.base import AffectModule
 from affect.quantization import finished
@@ -116,6 +117,7 @@ def output_file(config: DictConfig, release: Release, form: str) -> Path:
         raise ConfigError(f"out={path}: format={form} is a file {suffix}")
     if path.exists() and not config.force:
         raise ConfigError(f"out={path}: is there already; force=true replaces it")
+    require_writable(path.parent)
     return path
 
 
@@ -226,9 +228,9 @@ def calibration(config: DictConfig, release: Release, trust: list[str]) -> tuple
     tasks: dict[str, Task] = evaluate.usable_tasks(build_tasks(release), sources, release, Console(quiet=True))
     datamodule = assembly.build_datamodule(settings, sources, tasks, int(release.preprocess["image_size"]))
     datamodule.setup("test")
-    most = int(config.calibration.images)
-    if most < 1:
-        raise ConfigError(f"calibration.images={most}: at least one image is needed")
+    most = config.calibration.images
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise ConfigError(f"calibration.images={most}: give a whole number, at least 1")
     loader = datamodule.part_dataloader(TRAIN, most)
     if not len(loader.dataset):  # type: ignore[arg-type]
         raise DataError(f"{settings.dataset.name} has no training part to calibrate on")

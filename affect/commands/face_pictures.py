@@ -115,17 +115,25 @@ class Pictures:
         self.folder, self.tasks = folder, tasks
         self._open = ExitStack()
         self._video: VideoWriter | None = None
+        self._source: FrameSource | None = None
         self._codec: tuple[str, str] | None = None
 
     def start(self, source: FrameSource) -> None:
         """Begin with a source; the video of the one before is complete with that."""
         self._open.close()
-        self._video = None
+        self._video, self._source = None, source
         if source.moving:
             self._codec = self._codec or writable_codec(self.folder)
+
+    def _writer(self) -> VideoWriter | None:
+        """Return the writer of the video at hand: a camera tells its rate with its first frame only."""
+        source = self._source
+        if self._video is None and source is not None and source.moving:
+            assert self._codec is not None
             codec, suffix = self._codec
             video = VideoWriter(self.folder / f"{source.name}{suffix}", source.rate or _PLAYED, codec)
             self._video = self._open.enter_context(video)
+        return self._video
 
     def __enter__(self) -> Pictures:
         return self
@@ -137,12 +145,13 @@ class Pictures:
 
     def add(self, rows: Rows) -> None:
         """Draw frames."""
-        notes = frame_notes(rows, self.tasks, numbered=self._video is not None)
+        video = self._writer()
+        notes = frame_notes(rows, self.tasks, numbered=video is not None)
         for k, frame in enumerate(rows.frames):
             if frame.image is None:
                 continue
-            if self._video is not None:
-                self._video.write(annotate_frame(frame.image, notes.get(k, []), top=MOST_BARS_IN_VIDEO))
+            if video is not None:
+                video.write(annotate_frame(frame.image, notes.get(k, []), top=MOST_BARS_IN_VIDEO))
             elif k in notes:
                 name = frame.name if frame.name.endswith(".png") else f"{frame.name}.png"
                 save_image(annotate_faces(frame.image, notes[k], top=MOST_BARS), self.folder / name)

@@ -30,6 +30,7 @@ from affect.commands.stages import Interruption, Stages
 from affect.commands.train import quiet
 from affect.data.video import FrameSource, batches, open_input
 from affect.errors import ConfigError, DataError, near
+from affect.files import require_writable
 from affect.geometry import CropRecipe, FaceFinder
 from affect.geometry.tracking import FaceFollower, TrackedFace, find_faces, split_finder
 from affect.labels import SCHEMES
@@ -152,6 +153,7 @@ def run(config: DictConfig) -> None:
     predictor = open_predictor(str(config.checkpoint), list(config.trust), chosen_adapter(config))
     finder = assembly.make(config.finder, "finder")
     require_points(predictor.recipe, finder)
+    require_writable(out)
     moving = any(source.moving for source in sources)
     if predictor.delivered:
         by_box = f"each face's box with a margin of {BOX_MARGIN:.0%} is cropped"
@@ -248,7 +250,8 @@ def read_options(config: DictConfig) -> Options:
     """
     for key in ("batch_size", "limit"):
         value = config[key]
-        if not (value is None and key == "limit") and (not isinstance(value, int) or value < 1):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (value is None and key == "limit") and (not whole or value < 1):
             raise ConfigError(f"{key}={value}: give a whole number, at least 1")
     tracking: Any = OmegaConf.to_container(config.tracking)
     return Options(int(config.batch_size), config.detect_every, config.limit, tracking)

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from affect.errors import ConfigError
-from affect.files import replacing
+from affect.files import replacing, require_writable
 from affect.report.page import run_page
 
 
@@ -31,6 +31,7 @@ def run(config: DictConfig) -> None:
         return
     page = run_page(folder)
     out = Path(config.out).expanduser() if config.out else folder / "report.html"
+    require_writable(out.parent)
     with replacing(out) as part:
         part.write_text(page, encoding="utf-8")
     console.print(f"[bold]{out}[/bold]", soft_wrap=True)

@@ -209,11 +209,17 @@ class FaceFollower:
         likeness: float = 0.5,
         clock: Clock = no_clock,
     ) -> None:
+        fractions = (("tracking.overlap", overlap), ("tracking.likeness", likeness))
+        for name, value in (("detect_every", detect_every), ("tracking.patience", patience), *fractions):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name}={value}: give a number")
         for name, value in (("detect_every", detect_every), ("tracking.patience", patience)):
-            if isinstance(value, bool) or int(value) != value or value < (name == "detect_every"):
+            if int(value) != value or value < (name == "detect_every"):
                 raise ConfigError(f"{name}={value}: give a whole number of frames, at least {int(name[0] == 'd')}")
         if not 0 < overlap <= 1:
             raise ConfigError(f"tracking.overlap={overlap}: give a fraction above 0, at most 1")
+        if not -1 <= likeness <= 1:
+            raise ConfigError(f"tracking.likeness={likeness}: give a correlation from -1 to 1")
         self.finder, self.clock = finder, clock
         stages = split_finder(finder)
         self.provider = None if stages is None else stages[1]

@@ -9,7 +9,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ import pytest
 from omegaconf import DictConfig
 
 from affect.commands import predict
+from affect.commands.face_pictures import Pictures
 from affect.commands.face_rows import Columns
 from affect.commands.predict import Options, stream
 from affect.commands.stages import Stages
@@ -27,6 +28,7 @@ from affect.data.video import Frame, VideoFile
 from affect.errors import ConfigError, DataError
 from affect.geometry import CropRecipe, Detection, FaceApiFinder, TwoStageFinder
 from affect.geometry.templates import FACE_68
+from affect.geometry.tracking import FaceFollower
 from affect.report.predictions import PredictionsWriter
 from affect.tasks import AUIntensity, AUOccurrence, Expression, HeadPose, Landmarks, Task, ValenceArousal
 from examples.my_extension.task import PainLevel
@@ -355,6 +357,7 @@ def test_two_outputs_of_one_name_are_refused() -> None:
         ("formats=[]", "formats="),
         ("batch_size=0", "batch_size=0"),
         ("limit=0", "limit"),
+        ("limit=true", "limit=True: give a whole number"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -362,3 +365,40 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         predict.run(compose("predict", "checkpoint=x", f"input={film}", f"out={tmp_path}", override))
+
+
+@pytest.mark.parametrize("override", ["likeness=high", "likeness=2", "overlap=wide", "patience=long"])
+def test_numbers_of_a_follower_are_checked(override: str) -> None:
+    name, _, text = override.partition("=")
+    value: Any = float(text) if text.isdecimal() else text
+    with pytest.raises(ConfigError, match=rf"tracking\.{name}=.*: give a"):
+        FaceFollower(TwoStageFinder(Detector(), Provider()), **{name: value})
+
+
+def test_the_copy_of_a_camera_has_the_rate_that_it_tells_with_its_first_frame(tmp_path: Path) -> None:
+    """Nobody knows it before: a camera is opened when its frames are asked for."""
+
+    class Opening(Film):
+        rate: Any = None
+
+        def frames(self) -> Iterator[Frame]:
+            self.rate = 12.0
+            yield from super().frames()
+
+    camera = Opening(3)
+    finder = TwoStageFinder(Detector(), Provider())
+    with Pictures(tmp_path, Reader().tasks) as pictures:
+        pictures.start(camera)
+        for rows, _ in stream(camera, Reader(), finder, Options(batch_size=2), Stages()):
+            pictures.add(rows)
+    (copy,) = tmp_path.iterdir()
+    assert cv2.VideoCapture(str(copy)).get(cv2.CAP_PROP_FPS) == pytest.approx(12.0, abs=0.1)
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_read(
+    parts: None, compose: Callable[..., DictConfig], film: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(ConfigError, match=rf"^{out}: cannot be written to"):
+            predict.run(compose("predict", "checkpoint=x", f"input={film}", f"out={out}"))
