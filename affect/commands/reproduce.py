@@ -215,13 +215,18 @@ def run_tuning(
 
 
 def tuning_notes(tuned: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each value that was chosen."""
-    return [
-        f"{node['key']}={node['chosen']} for {', '.join(node['arms'])}: best of "
-        + ", ".join(f"{value} ({score:.3f})" for value, score in node["scores"].items())
-        + f" on the validation part of {on}."
-        for on, node in tuned.items()
-    ]
+    """Return a sentence for each value that was chosen, which says where a better one may lie beyond those tried."""
+    notes = []
+    for on, node in tuned.items():
+        said = ", ".join(f"{value} ({score:.3f})" for value, score in node["scores"].items())
+        end = None
+        if len(node["scores"]) > 1 and isinstance(node["chosen"], int | float):
+            values = [float(value) for value in node["scores"]]
+            end = {min(values): "smallest", max(values): "largest"}.get(float(node["chosen"]))
+        beyond = f" It is the {end} that was tried: a better one may lie beyond." if end else ""
+        chosen = f"{node['key']}={node['chosen']} for {', '.join(node['arms'])}"
+        notes.append(f"{chosen}: best of {said} on the validation part of {on}.{beyond}")
+    return notes
 
 
 def _key(override: str) -> str:

@@ -220,3 +220,20 @@ def test_a_measure_with_bars_in_its_name_is_one_column() -> None:
     head, rule, row, *_ = experiment_markdown({"|cos|": {"a": {1: 0.5, 2: 0.5}}}, None).splitlines()
     assert head == "| arm | \\|cos\\| |"
     assert rule.count("|") == row.count("|") == 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "tried", "said"),
+    [
+        (0.001, [0.0003, 0.001, 0.003], ""),
+        (0.0003, [0.0003, 0.001, 0.003], " It is the smallest that was tried: a better one may lie beyond."),
+        (0.003, [0.0003, 0.001, 0.003], " It is the largest that was tried: a better one may lie beyond."),
+        (0.001, [0.001], ""),
+        ("adam", ["adam", "sgd"], ""),
+    ],
+)
+def test_a_value_at_the_end_of_those_tried_is_said_to_be_one(chosen: Any, tried: list, said: str) -> None:
+    node = {"key": "k", "chosen": chosen, "arms": ["a", "b"], "scores": {str(value): 0.5 for value in tried}}
+    (note,) = reproduce.tuning_notes({"a": node})
+    assert note.startswith(f"k={chosen} for a, b: best of ")
+    assert note.endswith(f"on the validation part of a.{said}")
