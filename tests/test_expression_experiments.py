@@ -103,6 +103,13 @@ def test_layers_and_tasks_that_do_not_exist_stop_before_training(tmp_path: Path,
         train.run(compose("train", [*line, "objectives.pal.layer=encoder.model.features.92"]))
     with pytest.raises(ConfigError, match=r"objectives\.pal\.task=expresion: no such task; did you mean expression"):
         train.run(compose("train", [*line, "objectives.pal.task=expresion"]))
+    unused = ("objectives.pal.layer=encoder.model", "objectives.pal.weight=0")
+    with pytest.raises(ConfigError, match=r"objective pal: .*never calls layer encoder\.model .*did you mean encoder"):
+        train.run(compose("train", [*line, *unused]))
+    with pytest.raises(
+        ConfigError, match=r"encoder\.model\.features\.28 is changed in place .*encoder\.model\.features"
+    ):
+        train.run(compose("train", [*line, "objectives.pal.layer=encoder.model.features.28"]))
     with pytest.raises(ConfigError, match=r"objective pal: none of .* scheme 98 .*objectives\.pal\.scheme=68, which"):
         train.run(compose("train", [*line, "objectives.pal.scheme='98'"]))
     assert not list((tmp_path / "output").glob("*.ckpt"))

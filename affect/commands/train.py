@@ -267,7 +267,7 @@ def check_tuning(config: DictConfig, datamodule: FaceDataModule) -> None:
 
 
 def check_objectives(module: AffectModule, datamodule: FaceDataModule) -> list[str]:
-    """Refuse objectives on layers or tasks that do not exist, or on landmarks that no training row has.
+    """Refuse objectives on layers or tasks that do not exist or cannot serve, or on landmarks that no training row has.
 
     Returns:
         A sentence for each objective that does not act on all training rows.
@@ -291,6 +291,8 @@ def check_objectives(module: AffectModule, datamodule: FaceDataModule) -> list[s
                 )
             if found < total:
                 notes.append(f"objective {name} acts on {found} of {total} training rows: the others have no landmarks")
+    if module.objectives:
+        module.attempt_objectives(datamodule.sample(TRAIN, 2, augment=False))
     return notes
 
 

@@ -91,6 +91,18 @@ class Objective(nn.Module):
             inside = ", ".join(child for child, _ in modules[parent].named_children()) or "no layers"
             raise ConfigError(f"objective {name}: no layer {layer!r}; {told} ({parent or 'the model'} holds {inside})")
 
+    def attempt(self, name: str, module: AffectModule, batch: Batch) -> None:
+        """Refuse a model whose layers exist and give nothing that the objective can act on, by a pass of a few faces.
+
+        Args:
+            name: Name of the objective, for messages.
+            module: The model with the objective's taps, in evaluation mode.
+            batch: Faces of the training part.
+
+        Raises:
+            ConfigError: With what to do.
+        """
+
     def forward(self, batch: Batch, outputs: dict[str, Tensor], taps: dict[str, Tensor]) -> Terms:
         """Return the sum of the objective over the samples it applies to, and their number."""
         raise NotImplementedError
@@ -176,6 +188,7 @@ class AffectModule(pl.LightningModule):
         self.taps: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] | None = None
         self._tap_handles: list[Any] = []
+        self._tap_versions: dict[str, int | None] = {}
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}}
         self.last_validation: dict[str, float] = {}
         self.quantization: Any = None
@@ -261,7 +274,8 @@ class AffectModule(pl.LightningModule):
         acting = {name: objective for name, objective in self.objectives.items() if objective.weight != 0}
         if acting:
             outputs = self(batch) if self._outputs is None else self._outputs
-            terms |= {name: objective(batch, outputs, self.taps) for name, objective in acting.items()}
+            taps = self.intact_taps()
+            terms |= {name: objective(batch, outputs, taps) for name, objective in acting.items()}
         self._outputs, self.taps = None, {}
         counts = self._global_counts(terms)
         world = self.trainer.world_size if self._trainer is not None else 1
@@ -502,13 +516,42 @@ class AffectModule(pl.LightningModule):
         """Attach the taps of auxiliary objectives; a layer that does not exist is an error that lists near ones."""
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
-        if self._tap_handles:
-            return
+        if not self._tap_handles:
+            self._attach_taps()
+
+    def _attach_taps(self) -> None:
         modules = dict(self.named_modules())
         for name, objective in self.objectives.items():
             objective.check(name, self)
             for layer in objective.layers:
                 self._tap_handles.append(modules[layer].register_forward_hook(self._tap(layer)))
+
+    def attempt_objectives(self, batch: Batch) -> None:
+        """Let every objective, also one of weight 0, try the model on a few faces; nothing of the model changes.
+
+        Taps are there for that long only where ``setup`` has not attached them yet; no random number is used up.
+
+        Args:
+            batch: Faces of the training part, on the model's device.
+
+        Raises:
+            ConfigError: If a layer cannot serve an objective; with what to do.
+        """
+        mode, attached = self.training, bool(self._tap_handles)
+        self.eval()
+        try:
+            if not attached:
+                self._attach_taps()
+            with torch.random.fork_rng(devices=[]):
+                for name, objective in self.objectives.items():
+                    objective.attempt(name, self, batch)  # type: ignore[operator]
+        finally:
+            if not attached:
+                for handle in self._tap_handles:
+                    handle.remove()
+                self._tap_handles = []
+            self.taps = {}
+            self.train(mode)
 
     def configure_model(self) -> None:
         """Share out the encoders where the strategy says so."""
@@ -532,9 +575,24 @@ class AffectModule(pl.LightningModule):
 
     def _tap(self, layer: str) -> Callable[..., None]:
         def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.taps[layer] = output
+            self.taps[layer], self._tap_versions[layer] = output, _version(output)
 
         return keep
+
+    def intact_taps(self) -> dict[str, Tensor]:
+        """Return the taps of the last forward pass, each as its layer gave it.
+
+        Raises:
+            ConfigError: If an operation behind a layer overwrote its output, e.g. a ReLU in place: the tensor then is
+                that operation's output.
+        """
+        for layer, output in self.taps.items():
+            if _version(output) != self._tap_versions[layer]:
+                raise ConfigError(
+                    f"the output of layer {layer} is changed in place by what follows it, so that it cannot be tapped; "
+                    "name the activation or the block behind it"
+                )
+        return self.taps
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store open sums and the last validation, so that a continued epoch reports what it would have reported.
@@ -581,6 +639,11 @@ class AffectModule(pl.LightningModule):
 def held_out(loader: Callable[[str], Iterable[Batch] | None]) -> Iterable[Batch] | None:
     """Return the batches of the test part, or of the validation part without one; None where there is neither."""
     return next((found for found in map(loader, ("test", "validation")) if found is not None), None)
+
+
+def _version(output: object) -> int | None:
+    """Return how often a tensor has been changed in place; None of what is none, or has no such count."""
+    return output._version if isinstance(output, Tensor) and not output.is_inference() else None
 
 
 def _over_processes(numbers: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from affect.errors import ConfigError, near
 from affect.labels import SCHEMES
@@ -105,12 +105,7 @@ class PrivilegedAttribution(Objective):
         """Return the sum of all images' scores, the layer's output, and which images have a score, bool ``(B,)``."""
         if self.task not in outputs:
             raise ConfigError(f"objective privileged attribution: no task {self.task!r}; {near(self.task, outputs)}")
-        activation = taps[self.layer]
-        if activation.ndim != 4:
-            raise ConfigError(
-                f"objective privileged attribution: layer {self.layer} gives shape {tuple(activation.shape)}, "
-                "and a map (B, C, h, w) is needed; name a convolutional layer"
-            )
+        activation = self._map(taps)
         logits = outputs[self.task].float()
         scored = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         if self.score == "label":
@@ -123,6 +118,42 @@ class PrivilegedAttribution(Objective):
                 "change nothing; set encoder.trainable=all, or name a later layer"
             )
         return logits.sum(), activation, scored
+
+    def _map(self, taps: dict[str, Tensor]) -> Tensor:
+        """Return the layer's output if it is a map.
+
+        Raises:
+            ConfigError: If the layer was not called, or gives something else.
+        """
+        if self.layer not in taps:
+            raise ConfigError(
+                f"objective privileged attribution: the model never calls layer {self.layer} for its outputs (it calls "
+                "what the layer holds, or nothing of it); name a convolutional layer that it does"
+            )
+        activation = taps[self.layer]
+        if not isinstance(activation, Tensor) or activation.ndim != 4:
+            given = f"shape {tuple(activation.shape)}" if isinstance(activation, Tensor) else type(activation).__name__
+            raise ConfigError(
+                f"objective privileged attribution: layer {self.layer} gives {given}, "
+                "and a map (B, C, h, w) is needed; name a convolutional layer"
+            )
+        return activation
+
+    def attempt(self, name: str, module: AffectModule, batch: Batch) -> None:
+        """Refuse a layer that gives no map, is overwritten, is not trained or has no part in the task's logits.
+
+        Raises:
+            ConfigError: With layers that give maps.
+        """
+        outputs = module(batch)
+        try:
+            self._map(module.intact_taps())
+        except ConfigError as error:
+            why = str(error).removeprefix("objective privileged attribution: ")
+            raise ConfigError(f"objective {name}: {why}; {near(self.layer, _maps(module, batch))}") from error
+        if self.weight != 0:
+            self.attribution(batch, outputs, module.taps)
+        self._look(module, batch)
 
     @contextmanager
     def _part_in_the_logits(self) -> Iterator[None]:
@@ -157,7 +188,8 @@ class PrivilegedAttribution(Objective):
             parameter.requires_grad_(True)
         try:
             with torch.enable_grad(), torch.autocast(batch.image.device.type, enabled=False):
-                score, activation, scored = self._scored(batch, module(batch), module.taps)
+                outputs = module(batch)
+                score, activation, scored = self._scored(batch, outputs, module.intact_taps())
                 with self._part_in_the_logits():
                     (gradient,) = torch.autograd.grad(score, activation)
         finally:
@@ -221,3 +253,24 @@ class PrivilegedAttribution(Objective):
                 )
             loss = privileged_attribution(found, prior, self.channels, self.scale)
             return Terms(torch.where(used, loss, 0).sum()[None], used.sum().float()[None])
+
+
+def _maps(module: AffectModule, batch: Batch) -> list[str]:
+    """Return the names of the layers whose outputs are maps ``(B, C, h, w)`` that nothing changes in place."""
+    found: dict[str, tuple[Tensor, int]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def keep(layer: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                found[name] = output, output._version
+
+        return keep
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, (output, version) in found.items() if output._version == version]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import pytest
 import pytorch_lightning as pl
@@ -36,7 +37,7 @@ def make_batch(size: int = 4) -> FaceBatch:
     )
 
 
-def make(objective: PrivilegedAttribution | None = None, **arguments) -> Baseline:
+def make(objective: PrivilegedAttribution | None = None, ready: bool = True, **arguments) -> Baseline:
     torch.manual_seed(0)
     task = tasks.Expression(classes="affectnet7", loss=losses.CrossEntropy(), metrics=[])
     module = Baseline(
@@ -46,7 +47,8 @@ def make(objective: PrivilegedAttribution | None = None, **arguments) -> Baselin
         optimizer=functools.partial(torch.optim.SGD, lr=0.1),
     )
     torch.nn.init.normal_(module.head.linear["expression"].weight)  # the default starts close to 0
-    module.setup("fit")
+    if ready:
+        module.setup("fit")
     return module
 
 
@@ -174,6 +176,63 @@ class TestRefusals:
     def test_unknown_options(self, key):
         with pytest.raises(ConfigError, match=key):
             PrivilegedAttribution(LAYER, **{key: "other"})
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+class TestAttempts:
+    @pytest.mark.parametrize(
+        ("layer", "message"),
+        [
+            ("encoder.model", r"never calls layer encoder\.model .*did you mean encoder\.model\."),
+            ("head.linear", "never calls layer head"),
+            ("losses.expression", "never calls layer losses"),
+            ("head", r"layer head gives dict, and a map .*encoder\.model"),
+            ("encoder", r"layer encoder gives shape \(4, "),
+            ("encoder.model.bn1", r"layer encoder\.model\.bn1 is changed in place .*did you mean encoder\.model\."),
+            ("encoder.model.layer3.0.bn2", "changed in place"),
+        ],
+    )
+    def test_a_layer_that_cannot_be_used_is_refused_before_training(self, layer, message, weight):
+        module = make(PrivilegedAttribution(layer, weight=weight), ready=False)
+        with pytest.raises(ConfigError, match=message) as caught:
+            module.attempt_objectives(make_batch())
+        if "did you mean" in str(caught.value):  # what is named instead can be used
+            other = re.search(r"did you mean (\S+?)( or |\?)", str(caught.value))[1]
+            make(PrivilegedAttribution(other, weight=weight), ready=False).attempt_objectives(make_batch())
+
+    def test_a_layer_without_a_part_in_the_logits_is_refused(self, weight):
+        module = make(PrivilegedAttribution("beside", weight=weight), ready=False)
+        module.beside = torch.nn.Conv2d(3, 4, 1)
+        module.encoder.register_forward_hook(
+            lambda encoder, inputs, output: (module.beside(inputs[0].float()), output)[1]
+        )
+        with pytest.raises(ConfigError, match="no part in the logits of expression"):
+            module.attempt_objectives(make_batch(1))
+
+    def test_a_layer_that_can_be_used_leaves_everything_as_it_was(self, weight):
+        module, batch = make(PrivilegedAttribution(LAYER, weight=weight), ready=False).train(), make_batch()
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        hooks = len(module.encoder.model.layer3._forward_hooks)
+        torch.manual_seed(3)
+        wanted = torch.rand(1)
+        torch.manual_seed(3)
+        module.attempt_objectives(batch)
+        assert torch.equal(torch.rand(1), wanted)
+        assert module.training
+        assert module.taps == {}
+        assert len(module.encoder.model.layer3._forward_hooks) == hooks
+        assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("layer", ["encoder.model.bn1", "encoder.model.layer3.0.bn2"])
+def test_what_a_layer_gave_is_constrained_or_the_step_is_refused(layer):
+    module = make(PrivilegedAttribution(layer))
+    module.log = lambda *arguments, **more: None
+    with pytest.raises(ConfigError, match=r"changed in place .*name the activation"):
+        module.training_step(make_batch(), 0)
+    with torch.inference_mode():
+        module.eval().predict_step(make_batch())  # where nothing is constrained, nothing is refused
 
 
 def test_a_look_at_a_model_changes_nothing_and_knows_where_landmarks_are():
