@@ -612,7 +612,7 @@ class Archtree:
             data.train(self.final_steps)
             network.eval()
         after = timer(network, example)  # again: of several that were measured, a lucky one may have been taken
-        return self._report(network, widths, sizes, before, after, budget, search, found)
+        return self._report(network, widths, sizes, before, after, budget, search, found, list(graph.notes))
 
     def _report(
         self,
@@ -624,6 +624,7 @@ class Archtree:
         budget: float,
         search: TreeSearch,
         found: Sequence[Candidate],
+        notes: list[str],
     ) -> Report:
         keys = ("latency", "milliseconds", "timer", "beam", "children", "step", "criterion", "round_to", "batch")
         totals = {
@@ -636,7 +637,7 @@ class Archtree:
             "candidates": float(len(found)),
         }
         records = pruned_records(network, widths, sizes, self.name)
-        report = Report(self.name, {key: getattr(self, key) for key in keys}, records, totals)
+        report = Report(self.name, {key: getattr(self, key) for key in keys}, records, totals, notes)
         if self.timer == "macs":
             report.notes.append("latencies are millions of multiplications, not times (timer=macs)")
             return report

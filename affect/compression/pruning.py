@@ -163,6 +163,7 @@ class PruningGraph:
     Attributes:
         groups: By name.
         left: Groups that stay whole: name and why.
+        notes: Lines on those of them that a user would not expect to stay.
 
     Raises:
         ConfigError: If the network cannot be traced, or was compressed before.
@@ -192,6 +193,8 @@ class PruningGraph:
         self.left: dict[str, str] = {}
         for found in self.graph.get_all_groups():
             self._add(found, self.protect)
+        unread = [(name, why) for name, why in self.left.items() if why.startswith(("torch-pruning", "its channels"))]
+        self.notes = [f"{name} and what goes with it stays whole: {why}" for name, why in unread]
 
     def _handlers(self, dependency: Any) -> tuple[bool, bool]:  # noqa: ANN401
         """Return whether a dependency removes outputs, and whether inputs; both for layers that work by channel."""
@@ -229,7 +232,15 @@ class PruningGraph:
                 return
             root = after[0].target.module
             found = self.graph.get_pruning_group(root, after[0].handler, list(range(root.in_features)))
+        misread = next((d for d, channels in found if max(channels) >= self._channels(d)), None)
+        if misread is not None:
+            layer = self.names.get(misread.target.module, "a parameter")
+            self.left[name] = f"torch-pruning gives {layer} channels beyond the {self._channels(misread)} that it has"
+            return
         units = self._units(found, attentions[0] if queries else None)
+        if units is None:
+            self.left[name] = "its channels go in sets of different sizes"
+            return
         of_root = torch.full((int(units.max()) + 1,), -1)
         of_root[units.flatten()] = torch.arange(len(units)).repeat_interleave(units.shape[1])
         gates: list[Gate] = []
@@ -255,8 +266,17 @@ class PruningGraph:
         first = found[0].dep
         self.groups[name] = ChannelGroup(name, first.target.module, first.handler, units, tuple(gates), outputs, inputs)
 
-    def _units(self, found: Any, attention: nn.Module | None) -> Tensor:  # noqa: ANN401
-        """Return which channels of the root go together ``(U, n)``."""
+    def _channels(self, dependency: Any) -> float:  # noqa: ANN401
+        """Return how many channels the layer of a dependency has where it is pruned; inf if it has no weight."""
+        layer = dependency.target.module
+        if layer not in self.names:
+            return math.inf
+        outputs = self.graph.is_out_channel_pruning_fn(dependency.handler)
+        size = self.graph.get_out_channels(layer) if outputs else self.graph.get_in_channels(layer)
+        return math.inf if size is None else size
+
+    def _units(self, found: Any, attention: nn.Module | None) -> Tensor | None:  # noqa: ANN401
+        """Return which channels of the root go together ``(U, n)``, or None if not all units have as many."""
         channels = torch.arange(len(found[0].idxs))
         if attention is not None:
             by_head = channels.view(int(attention.num_heads), -1)  # type: ignore[arg-type]
@@ -268,7 +288,46 @@ class PruningGraph:
                 parts = max(parts, layer.num_groups)
             elif isinstance(layer, nn.Conv1d | nn.Conv2d) and self._handlers(dependency) != (True, True):
                 parts = max(parts, layer.groups)
-        return channels.view(parts, -1).T.contiguous()
+        return self._closed(found, channels.view(parts, -1).T.contiguous())
+
+    def _closed(self, found: Any, units: Tensor) -> Tensor | None:  # noqa: ANN401
+        """Join units of which one takes the other with it: what a channel makes is read beside itself (concatenation).
+
+        Returns:
+            Channels of the root ``(U, n)``; None if not all units have as many.
+        """
+        root = found[0].dep
+
+        def taken(chosen: Tensor) -> set[int]:
+            channels = sorted(units[chosen].flatten().tolist())
+            group = self.graph.get_pruning_group(root.target.module, root.handler, channels)
+            return {k for item in group if item.dep == root for k in item.idxs}
+
+        kinds = _library().ops.OPTYPE
+        renumbering = {kinds.CONCAT, kinds.SPLIT, kinds.SLICE, kinds.UNBIND, kinds.EXPAND, kinds.RESHAPE}
+        renumbered = {d.target.type for d, _ in found} & renumbering
+        makers = {d.target.module for d, _ in found if d.target.module in self.names and self._handlers(d)[0]}
+        makers = {layer for layer in makers if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear)}
+        if not renumbered or (renumbered == {kinds.CONCAT} and len(makers) == 1):
+            return units  # channels keep their numbers everywhere, or never come back to where they are made
+
+        # Two units differ in a digit of their numbers, so one that takes the other shows in one of these halves.
+        numbers = torch.arange(len(units))
+        digits = [numbers >> k & 1 for k in range((len(units) - 1).bit_length())]
+        halves = [(digit == one).nonzero().flatten() for digit in digits for one in (0, 1)]
+        if all(len(taken(half)) == units[half].numel() for half in halves):
+            return units
+        of_channel = {channel: u for u, one in enumerate(units.tolist()) for channel in one}
+        joined = {u: {u} for u in range(len(units))}
+        for unit in range(len(units)):
+            for other in {of_channel[k] for k in taken(torch.tensor([unit]))}:
+                if joined[other] is not joined[unit]:
+                    joined[unit] |= joined[other]
+                    joined.update(dict.fromkeys(joined[other], joined[unit]))
+        sets = {min(one): sorted(one) for one in joined.values()}
+        if len({len(one) for one in sets.values()}) > 1:
+            return None
+        return torch.stack([units[one].flatten() for _, one in sorted(sets.items())])
 
     def prune(self, removed: Mapping[str, Tensor]) -> None:
         """Remove units in place; the graph cannot be used afterwards, make a new one.
@@ -763,6 +822,7 @@ class SInGE:
             data.train(self.final_steps)
             network.eval()
         graph = PruningGraph(network, data.example, self.protect, self.heads)
+        report.notes += graph.notes
         end = graph.cost_after(graph.layer_costs(self.budget), {}, by_inputs)
         report.totals = {"before": start, "after": end, "removed": 1 - end / start}
         if end > start * (1 - self.ratio) * 1.001:

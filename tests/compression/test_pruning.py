@@ -288,6 +288,64 @@ def test_protected_layers_and_the_output_stay() -> None:
     }
 
 
+class Ghost(nn.Module):
+    """Concatenates what a layer makes with what another makes of that, and adds the input."""
+
+    def __init__(self, made: int = 3, kept: int = 6) -> None:
+        super().__init__()
+        self.first, self.made = nn.Conv2d(3, kept, 1), nn.Conv2d(kept, made, 1)
+        self.cheap, self.last = nn.Conv2d(made, made, 3, padding=1, groups=made), nn.Conv2d(kept, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        made = self.made(x).relu()
+        return self.last((x + torch.cat([made, self.cheap(made)], 1)[:, : x.shape[1]]).relu())
+
+
+def test_channels_of_one_layer_that_go_together_are_one_unit() -> None:
+    network, images = Ghost().eval(), torch.rand(2, 3, 5, 5)
+    graph = PruningGraph(network, images)
+    (group,) = graph.groups.values()
+    assert group.units.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert group.outputs == {"first": 2, "made": 1, "cheap": 1}
+    with torch.no_grad(), gated(network, [group], {group.name: torch.tensor([1.0, 0.0, 1.0])}):
+        expected = network(images)
+    graph.prune({group.name: torch.tensor([1])})
+    torch.testing.assert_close(network(images), expected)
+
+
+def test_channels_that_go_in_sets_of_different_sizes_stay() -> None:
+    graph = PruningGraph(Ghost(3, 5).eval(), torch.rand(1, 3, 5, 5))
+    assert not graph.groups
+    assert "first stays" in graph.notes[0].replace(" and what goes with it", "")
+
+
+class Partial(nn.Module):
+    """Convolves a part of the channels and leaves the others, as FasterNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part = nn.Conv2d(3, 8, 1), nn.Conv2d(2, 2, 3, padding=1)
+        self.wide, self.narrow, self.last = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        part, rest = torch.split(x, [2, 6], 1)
+        x = x + self.narrow(self.wide(torch.cat([self.part(part), rest], 1)).relu())
+        return self.last(x)
+
+
+@pytest.mark.parametrize("criterion", ["singe", "l2"])
+def test_groups_that_torch_pruning_misreads_stay_and_are_told(criterion: str) -> None:
+    network, images = Partial().eval(), torch.rand(2, 3, 5, 5)
+    data = Data(example=images, losses=lambda: iter([network(images).square().mean()]))
+    report = SInGE(0.2, criterion=criterion, rounds=1, tune_steps=0, final_steps=0)(network, data)
+    assert (network.wide.out_channels, network.first.out_channels) != (12, 8)
+    assert network.wide.out_channels < 12
+    assert network.first.out_channels == 8
+    assert any("part channels beyond the 2 that it has" in note for note in report.notes)
+
+
 # --------------------------------------------------------------------------------------------------------- errors
 
 
