@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,6 +17,10 @@ from affect import labels
 from affect.commands import assembly, figures, train
 from affect.commands.configuration import compose as compose_config
 from affect.commands.configuration import config_directory
+from affect.data.batch import FaceBatch
+from affect.data.table import FaceTable
+from affect.tasks import Task
+from tests.conftest import SMALL
 
 CONF = config_directory()
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("base", "hydra"))
@@ -108,6 +113,72 @@ def test_small_leaves_instantiate(name: str) -> None:
     group = name.split("=")[0]
     made = assembly.make(config[group], group)
     assert (made is None) == (len(config[group]) == 0)
+
+
+def multi_task_batch(tasks: dict[str, Task]) -> FaceBatch:
+    """Return four random images with labels of bound tasks."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {n: (4, t.num_outputs // 2, 2) if t.landmark_scheme else (4, t.num_outputs) for n, t in tasks.items()}
+    targets = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    for name, task in tasks.items():
+        if task.softmax:
+            targets[name] = torch.eye(task.num_outputs)[torch.arange(4) % task.num_outputs]
+        elif task.flags:
+            targets[name] = targets[name].round()
+    masks = {name: torch.ones(shape[:2], dtype=torch.bool) for name, shape in shapes.items()}
+    image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return FaceBatch(image=image, targets=targets, masks=masks)
+
+
+MULTI_TASK = {
+    "baseline": (),
+    "monet": ("model.mixing=bound", "model.orders=4", "model.kept=2"),
+    "monet model.mixing=mixture": ("model.orders=4", "model.kept=2"),
+    "monet_single_order": (),
+    "monet_uniform": ("model.orders=4", "model.kept=2"),
+    "mrnn": (),
+    "soft_layer_order": (),
+    "task_token_transformer": ("encoder.output=map", "model.dim=16", "model.heads=2"),
+    "thin": ("encoder.output=map", "model.pool=1", "model.exogenous.random=true", "model.exogenous.classes=3"),
+    "thin_endogenous": ("encoder.output=map", "model.pool=1"),
+    "thin_exogenous": (
+        "encoder.output=map",
+        "model.pool=1",
+        "model.exogenous.random=true",
+        "model.exogenous.classes=3",
+    ),
+    "thin_mean": ("encoder.output=map", "model.pool=1"),
+    "thin_single": ("encoder.output=map", "model.pool=1"),
+    "vmn_common": (),
+    "vmn_separate": (),
+}
+"""Models that take units, expressions, valence and arousal together, with settings that make them small."""
+
+
+@pytest.mark.parametrize("name", MULTI_TASK)
+def test_every_multi_task_model_trains_with_uncertainties(name: str) -> None:
+    line = ["task=[au,expression,valence_arousal]", "dataset.aus=[1,4,12]", *SMALL, "weighting=uncertainty"]
+    config = compose_config("train", [*line, *f"model={name}".split(), *MULTI_TASK[name]])
+    tasks = assembly.build_tasks(config)
+    source = FaceTable.from_columns(
+        {"image": ["a"], "expression": ["anger"], "valence": [0.5], "arousal": [0.5]}
+        | {f"au{unit:02d}_occurrence": [1.0] for unit in (1, 4, 12)}
+    )
+    for task in tasks.values():
+        task.bind([source])
+    module = assembly.build_model(config, tasks).train()
+    module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    module.setup("test")
+    module.training_step(multi_task_batch(tasks), 0).backward()
+    learnt = dict(module.weighting.named_parameters())
+    assert len(learnt) == 3
+    assert all(s.grad is not None and (s.grad != 0).all() for s in learnt.values())
+
+
+def test_models_with_one_kind_of_task_are_known() -> None:
+    models = {path.stem for path in (CONF / "model").glob("*.yaml")}
+    alone = {"au_transformer", "decafa", "exogenous"}  # units; points; the exogenous class
+    assert models - {name.split()[0] for name in MULTI_TASK} == alone
 
 
 @pytest.mark.parametrize("name", [n for n in LEAVES if n.split("=")[0] == "task"])

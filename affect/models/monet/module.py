@@ -90,6 +90,7 @@ class Monet(AffectModule):
         log_odds_bias: bool = True,
         **common: Any,  # noqa: ANN401
     ) -> None:
+        self.task, self.mixing = task, mixing  # a weighting asks for names of terms while it is bound
         super().__init__(tasks, **common)
         for key, value, options in (
             ("mixing", mixing, ("bound", "mixture")),
@@ -110,7 +111,7 @@ class Monet(AffectModule):
             drawn = check_orders(np.asarray([list(order) for order in orders]), count)
         if kept is not None and not 1 <= kept <= len(drawn):
             raise ConfigError(f"model.kept={kept}: must lie between 1 and the number of orders, {len(drawn)}")
-        self.task, self.mixing, self.kept, self.dropout = task, mixing, kept, dropout
+        self.kept, self.dropout = kept, dropout
         self.warmup_epochs, self.order_lr = int(warmup_epochs), float(order_lr)
         self.unknown, self.fresh_samples = unknown, bool(fresh_samples)
         self.encoder = encoder
@@ -132,6 +133,10 @@ class Monet(AffectModule):
         if stage == "fit" and self.task in self.losses:
             one = torch.zeros(1, self.tasks[self.task].num_outputs, device=self.device)
             self.losses[self.task].cells(one, one, one > -1)  # type: ignore[operator]
+
+    def term_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the entries of a task's terms; a mixture's likelihood is one number for all cells."""
+        return (name,) if (name, self.mixing) == (self.task, "mixture") else super().term_names(name)
 
     def features(self, batch: Batch) -> Tensor:
         """Return the encoder's vectors ``(B, D)``."""
