@@ -22,9 +22,10 @@ _SHOWN = 6
 class Category(Task):
     """One of the values of a table's column, represented by logits.
 
-    Without ``bins`` the classes are the column's values as text. With ``bins``, edges ``e_0 < e_1 < … < e_n``, they are
-    the n intervals ``[e_k, e_(k+1))``, the last one closed. A missing value, and one that is no class or lies outside
-    the bins, is masked; the latter are counted in the run's notes.
+    Without ``bins`` the classes are the column's values as text; those of a column of numbers with fractions have to
+    be named then. With ``bins``, edges ``e_0 < e_1 < … < e_n``, they are the n intervals ``[e_k, e_(k+1))``, the last
+    one closed. A missing value, and one that is no class or lies outside the bins, is masked; the latter are counted
+    in the run's notes.
 
     Predictions are in the columns ``category_<column>`` (the class) and ``category_<column>_<class>`` (probabilities),
     because the column itself, a person's name for instance, has other uses in a table.
@@ -38,7 +39,8 @@ class Category(Task):
         **common: Arguments of ``Task``.
 
     Raises:
-        ConfigError: If arguments do not fit together.
+        ConfigError: If arguments do not fit together; in ``bind``, if the column measures something and neither bins
+            nor classes say which of its values belong together.
     """
 
     softmax: ClassVar[bool] = True
@@ -84,6 +86,12 @@ class Category(Task):
             columns = sorted(frozenset().union(*(source.names for source in sources)))
             raise ConfigError(f"a task of categories needs task.<name>.column=…; the tables have {', '.join(columns)}")
         if self.classes is None:
+            measured = next((s for s in sources if self.column in s.names and self._is_measured(s)), None)
+            if measured is not None:
+                raise ConfigError(
+                    f"column {self.column} holds numbers with fractions, and each would be a class of its own; set "
+                    "task.<name>.bins=[…] (edges), or task.<name>.classes=[…] for few values that are groups"
+                )
             found = {name for source in sources if self.column in source.names for name in self._values(source)}
             if len(found) > _MOST_CLASSES:
                 raise DataError(
@@ -96,6 +104,15 @@ class Category(Task):
             why = "holds no value" if self.column in names else f"is in no table; {near(self.column, names)}"
             raise DataError(f"{type(self).__name__}: the column {self.column} {why}")
         super().bind(sources)
+
+    def _is_measured(self, source: Columns) -> bool:
+        """Return whether the column is one of numbers and not all of them are whole."""
+        try:
+            numbers, valid = source.numbers(self.column)
+        except DataError:  # text
+            return False
+        known = numbers[valid & np.isfinite(numbers)] if numbers.ndim == 1 else numbers[:0]
+        return bool((known != np.round(known)).any())
 
     def _values(self, source: Columns) -> list[str]:
         """Return the distinct values of the column as text."""

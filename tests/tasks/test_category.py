@@ -56,6 +56,18 @@ def test_any_type_of_column_has_classes_and_numbers_are_sorted_by_size(values, n
     assert task.encode(source).mask.all(1).tolist() == [value is not None for value in values]
 
 
+@pytest.mark.parametrize("values", [[-3.5, 12.25, None], np.array([1, 2, 2.5], np.float32)])
+def test_measurements_are_no_classes_unless_bins_or_names_say_how(values):
+    source = table(yaw=values)
+    with pytest.raises(ConfigError, match=r"column yaw .*fractions.*task\.<name>\.bins"):
+        bound(source, "yaw")
+    with pytest.raises(ConfigError, match=r"column yaw .*task\.<name>\.bins"):
+        Category("yaw").bind([table(yaw=[0.0, 1.0]), source])
+    assert bound(source, "yaw", bins=[-90, 2, 90]).num_outputs == 2
+    assert bound(source, "yaw", classes=["2.5", "12.25"]).encode(source).mask.any()
+    assert bound(table(yaw=["1.5", "2"]), "yaw").outputs == ("1.5", "2")  # text names groups
+
+
 def test_not_a_number_is_missing():
     source = table(age=np.array([1.0, np.nan, 2.0], np.float32))
     assert bound(source, "age").outputs == ("1", "2")
