@@ -52,7 +52,7 @@ _EXAMPLES = {
     "dataset.table": "dataset.table=labels.csv",
     "folder": "sweep=runs/sweeps/…",
     "input": "input=photo.jpg",
-    "objectives.pal.layer": "objectives.pal.layer=encoder.model.layer3",
+    "objectives.pal.layer": "objectives.pal.layer=encoder.model.layer4",
     "out": "out=folder",
     "what": "affect benchmark step",
 }

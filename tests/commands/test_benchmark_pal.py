@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from omegaconf import OmegaConf
 
 from affect.commands.benchmarks import pal
 from affect.models.pal import PrivilegedAttribution
@@ -17,7 +18,23 @@ def test_a_row_per_network_and_layer(monkeypatch):
     (row,) = pal.measure(quick=True)
     assert row["layer"] == "layer4"
     assert row["ratio"] > 0
-    assert len(pal.measure(quick=False)) == 2
+    assert row["at most 1.35"] == ("yes" if row["ratio"] <= 1.35 else "no")
+    assert [row["at most 1.35"] for row in pal.measure(quick=False)][1] == "not promised"
+
+
+def test_the_promise_is_judged_for_the_last_map():
+    assert [pal.judged("layer4", 1.35), pal.judged("features.29", 1.36)] == ["yes", "no"]
+    assert pal.judged("layer3", 1.0) == "not promised"
+
+
+def test_the_layers_of_hints_and_experiments_are_measured_and_promised():
+    from affect.commands.configuration import _EXAMPLES, config_directory
+
+    experiments = (config_directory() / "experiment").glob("pal_*.yaml")
+    named = {str(OmegaConf.load(path).objectives.pal.layer) for path in experiments}
+    named |= {_EXAMPLES["objectives.pal.layer"].rpartition("=")[2]}
+    for cases in (pal.CASES, pal.ON_ACCELERATOR):
+        assert named <= {f"encoder.model.{layer}" for _, layer, *_ in cases if layer in pal.LAST}
 
 
 def count(step: pal.Stepper, operation: str) -> int:

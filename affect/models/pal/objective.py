@@ -34,7 +34,7 @@ class PrivilegedAttribution(Objective):
     Images without landmarks do not count.
 
     Args:
-        layer: Dotted name of the layer, relative to the Lightning module, e.g. ``encoder.model.layer3``; its output is
+        layer: Dotted name of the layer, relative to the Lightning module, e.g. ``encoder.model.layer4``; its output is
             ``(B, C, h, w)``.
         task: Task whose logits make the score.
         score: ``sum`` of all logits of the task, or those of the ``label`` (images without a label then do not count).
