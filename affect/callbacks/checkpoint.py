@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 from safetensors import SafetensorError
+from torch import Tensor
 
 from affect.errors import CheckpointError, ConfigError, near
 from affect.files import replacing, save_tensors
@@ -83,11 +84,13 @@ class BestWeights(pl.Callback):
     Attributes:
         score: Best value so far; NaN before the first validation.
         epoch: Epoch (0-based) of the best value; -1 before the first validation.
+        weighting: What the weighting of losses had learnt by then; no release has it, and results tell it.
     """
 
     def __init__(self, folder: str | Path, monitor: str) -> None:
         self.folder, self.monitor = Path(folder), monitor
         self.score, self.epoch = math.nan, -1
+        self.weighting: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the weights if the monitored value is the best so far."""
@@ -99,6 +102,9 @@ class BestWeights(pl.Callback):
         score = values[self.monitor]
         if self.epoch < 0 or score > self.score or (math.isnan(self.score) and not math.isnan(score)):
             self.score, self.epoch = score, trainer.current_epoch
+            weighting = getattr(pl_module, "weighting", None)
+            learnt = {} if weighting is None else weighting.state_dict()
+            self.weighting = {name: value.detach().cpu().clone() for name, value in learnt.items()}
             # Encoders that are shared out are gathered by all processes.
             state = pl_module.release_state() if trainer.is_global_zero or pl_module.shards is not None else {}
             if trainer.is_global_zero:
@@ -107,11 +113,12 @@ class BestWeights(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a continued run must know."""
-        return {"score": self.score, "epoch": self.epoch}
+        return {"score": self.score, "epoch": self.epoch, "weighting": self.weighting}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.score, self.epoch = state_dict["score"], state_dict["epoch"]
+        self.weighting = dict(state_dict.get("weighting", {}))
 
 
 def is_due(batches: int, every: int, accumulated: int) -> bool:

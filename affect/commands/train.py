@@ -308,7 +308,8 @@ def landmark_rows(sources: Sequence[Source], rows: Sequence[np.ndarray], scheme:
 
 def encoder_notes(module: AffectModule) -> list[str]:
     """Return what readers of results have to know of the initial weights of encoders."""
-    return [note for _, encoder in module.encoder_modules() for note in getattr(encoder, "notes", ())]
+    notes = (note for _, encoder in module.encoder_modules() for note in getattr(encoder, "notes", ()))
+    return list(dict.fromkeys(notes))  # two streams may start from one file
 
 
 def check_monitor(config: DictConfig, module: AffectModule) -> None:
@@ -556,6 +557,8 @@ def select_weights(
                 f"selection={config.selection} needs callbacks.best and a part that selects; or selection=last"
             )
         module.load_release_state(load_file(output / BEST))
+        if best.weighting:  # results tell what belongs to these weights, not to those of the last epoch
+            module.weighting.load_state_dict(best.weighting)
         return {"rule": config.selection, "monitor": config.monitor, "score": best.score, "epoch": best.epoch}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EMA):
@@ -669,6 +672,7 @@ def finish(
         "config": plain,
         "environment": environment(),
     }
+    results["encoder_notes"] = encoder_notes(module)
     card = model_card(results)
     described = with_statistics(plain, module)
     write_release(output / "release", module.release_state(), described, labels, preprocess, metrics, card, people)
@@ -702,9 +706,11 @@ def model_card(results: dict[str, Any]) -> str:
     chosen = f"Weights selected by `{results['selection']['rule']}`"
     if results["selection"]["rule"] == "best_on_test":
         chosen += f": **{ON_TEST}**"
+    notes = "\n".join(f"- {note}" for note in results.get("encoder_notes") or ())
+    initial = f"## Initial weights\n\n{notes}\n\n" if notes else ""
     return (
         f"# {results['name']} on {results['dataset']}, seed {results['seed']}\n\nOutputs:\n\n{outputs}\n\n"
-        f"Labels: {sources}. {chosen}.\n\n{tables}\n\n"
+        f"Labels: {sources}. {chosen}.\n\n{tables}\n\n{initial}"
         "## Limits of use\n\nTrained and evaluated on the named dataset only. Facial movement is not a reading of what "
         "a person feels; do not use these outputs to judge people.\n"
     )

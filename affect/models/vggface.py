@@ -32,7 +32,7 @@ from torch import Tensor
 from affect.encoders import Output, TimmEncoder, read_state_dict
 from affect.errors import CheckpointError, ConfigError, near
 
-__all__ = ["IDENTITIES", "LAYERS", "MEAN", "VGGFaceEncoder", "read_vggface"]
+__all__ = ["IDENTITIES", "LAYERS", "LICENCE", "MEAN", "VGGFaceEncoder", "read_vggface"]
 
 IDENTITIES = 2622
 
@@ -54,6 +54,12 @@ LAYERS = _shapes()
 
 MEAN = (129.1863 / 255, 104.7624 / 255, 93.5940 / 255)
 """Mean of red, green and blue that the network was trained with, in [0, 1]. It does not divide by a deviation."""
+
+LICENCE = (
+    "VGGFace: as we recall it, its weights and what is made from them may be used for non-commercial research only; "
+    "read the terms where the file was taken from (www.robots.ox.ac.uk/~vgg/software/vgg_face)"
+)
+"""What readers of results and users of releases have to know of these weights."""
 
 _OURS = dict(zip(LAYERS, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), strict=False))
 _NAMED = re.compile(r"(?:^|\.)(?:conv_?([1-5])_([1-3])|(fc_?[678]))\.(weight|bias)$")
@@ -158,6 +164,7 @@ class VGGFaceEncoder(TimmEncoder):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.origin = f"VGGFace from {path.name} ({order}), sha256 {digest[:16]}"
+        self.notes = (f"encoder: started from {LICENCE}",)
 
     @torch.no_grad()
     def _compare(self, delivered: Mapping[str, Tensor], order: str, path: Path) -> None:

@@ -340,6 +340,21 @@ def test_a_dataset_without_action_units_is_one_line(tmp_path: Path, compose: Cal
     assert "\n" not in str(caught.value)
 
 
+def test_a_release_says_what_its_initial_weights_ask_for(finished: Path) -> None:
+    from types import SimpleNamespace
+
+    from affect.models.vggface import LICENCE
+
+    found = results(finished)
+    assert found["encoder_notes"] == []
+    assert "Initial weights" not in train.model_card(found)
+    streams = [SimpleNamespace(notes=(LICENCE,)), SimpleNamespace(), SimpleNamespace(notes=(LICENCE,))]
+    notes = train.encoder_notes(SimpleNamespace(encoder_modules=lambda: [("", one) for one in streams]))  # type: ignore[arg-type]
+    assert notes == [LICENCE]
+    card = train.model_card({**found, "encoder_notes": notes})
+    assert f"## Initial weights\n\n- {LICENCE}\n" in card
+
+
 def test_an_epoch_that_is_never_reached_is_noted(compose: Callable[..., DictConfig]) -> None:
     line = ("callbacks=[default,qat]", "callbacks.qat.freeze_norms=5")
     assert train.freeze_notes(compose("train", *line, "trainer.max_epochs=6")) == []

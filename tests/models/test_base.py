@@ -265,6 +265,35 @@ def test_best_weights_are_those_of_the_best_epoch_and_averaged_with_ema(tmp_path
     assert any(not torch.equal(raw[name], value) for name, value in watch.seen[3].items())
 
 
+def test_uncertainties_in_results_are_those_of_the_chosen_epoch(tmp_path) -> None:
+    from types import SimpleNamespace
+
+    from affect.commands.train import select_weights
+    from affect.models.weighting import UncertaintyWeighting
+
+    class Falling(pl.Callback):
+        """Makes the first epoch the best one, and notes what the weighting has learnt by each."""
+
+        def __init__(self) -> None:
+            self.sigmas: list[dict] = []
+
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            pl_module.last_validation["val/score"] = -float(trainer.current_epoch)
+            self.sigmas.append(pl_module.findings()["weighting"]["sigma"])
+
+    module, falling = make_module(weighting=UncertaintyWeighting(lr=0.1)), Falling()
+    best, history = BestWeights(tmp_path, "val/score"), History()
+    run = trainer(tmp_path, [falling, best, history], max_epochs=2)
+    run.fit(module, Repeat([make_batch(8, k) for k in range(3)]), Repeat([make_batch(8, 9)]))
+    assert falling.sigmas[0] != falling.sigmas[1] == module.findings()["weighting"]["sigma"]
+    continued = BestWeights(tmp_path, "val/score")
+    continued.load_state_dict(best.state_dict())
+    config = SimpleNamespace(selection="best_val", monitor="val/score")
+    chosen = select_weights(config, SimpleNamespace(callbacks=[continued]), module, history, tmp_path)  # type: ignore[arg-type]
+    assert chosen["epoch"] == 0
+    assert module.findings()["weighting"]["sigma"] == falling.sigmas[0]
+
+
 def test_a_monitor_that_is_not_logged_names_the_near_ones(tmp_path) -> None:
     best = BestWeights(tmp_path, "val/scor")
     with pytest.raises(ConfigError, match=r"monitor=val/scor: not among the logged values; did you mean val/score"):

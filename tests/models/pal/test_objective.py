@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -15,9 +16,14 @@ from torch.utils.data import DataLoader
 from affect import losses, tasks
 from affect.callbacks import EMA
 from affect.data.batch import FaceBatch
+from affect.data.dataset import FaceDataset
+from affect.data.images import Source
+from affect.data.table import FaceTable
+from affect.data.transforms import FaceTransform
 from affect.encoders import TimmEncoder
 from affect.errors import ConfigError
-from affect.losses.privileged_attribution import privileged_attribution
+from affect.labels import SCHEMES
+from affect.losses.privileged_attribution import correlation, privileged_attribution
 from affect.models.baseline import Baseline
 from affect.models.pal import PrivilegedAttribution
 
@@ -104,6 +110,44 @@ def test_attribution_and_loss_are_float32_under_mixed_precision(kind):
     assert gradients
     assert all(g.isfinite().all() for g in gradients)
     assert any((g != 0).any() for g in gradients)
+
+
+@pytest.mark.parametrize("scheme", ["68", "98"])
+def test_priors_lie_where_augmentation_moved_the_landmarks_to(scheme):
+    """Images are dark but for a blob at each landmark: whatever moves the image, its brightness is the prior."""
+    count, side = 6, 64
+    random = np.random.default_rng(0)
+    points = random.uniform(12, 52, (count, SCHEMES[scheme].points, 2)).astype(np.float32)
+    points[:, :, 1] = points[:, :, 1] * 0.4 + 30  # below the middle, so that turns and flips show
+    rows, columns = np.mgrid[:side, :side].astype(np.float32)
+
+    class Blobs:
+        def read(self, chosen):
+            return [self.draw(row) for row in chosen]
+
+        def draw(self, row):
+            away = (columns - points[row, :, 0, None, None]) ** 2 + (rows - points[row, :, 1, None, None]) ** 2
+            drawn = np.exp(-away / (2 * 3.0**2)).sum(0)
+            return np.repeat((255 * drawn / drawn.max()).astype(np.uint8)[..., None], 3, 2)
+
+    table = FaceTable.from_columns(
+        {"image": [f"{k}.png" for k in range(count)], "expression": ["anger", "fear", "surprise"] * 2}
+        | {SCHEMES[scheme].column: points.reshape(count, -1)}
+    )
+    module = make(PrivilegedAttribution(LAYER, scheme=scheme))
+    module.tasks["expression"].bind([table])
+    transform = FaceTransform(side, flip=0.5, rotation=40, scale=0.2, shift=0.1)
+    source = Source("blobs", table, Blobs(), recipe=None)
+    batch = FaceDataset([source], [np.arange(count)], module.tasks, transform, (scheme,)).batch(1, np.arange(count))
+    assert batch.flipped.any()
+    objective = module.objectives["pal"]
+    prior, some = objective.prior(batch, (side, side))
+    assert some.all()
+    seen = batch.image.float().mean(1)
+    assert float(correlation(seen[:, None], prior).min()) > 0.95
+    unmoved = dataclasses.replace(batch, points={scheme: torch.from_numpy(points)})
+    assert float(correlation(seen[:, None], objective.prior(unmoved, (side, side))[0]).max()) < 0.9
+    assert not torch.allclose(terms(module.eval(), batch).sum, terms(module, unmoved).sum)
 
 
 def test_the_label_is_a_score_of_its_own():
