@@ -25,6 +25,7 @@ from affect.commands.benchmarks import (
     ranges,
     step,
     table,
+    thin,
     training,
 )
 from affect.commands.train import quiet
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "faces": faces.measure,
     "table": table.measure,
     "pal": pal.measure,
+    "thin": thin.measure,
     "monet": monet.measure,
     "predict": predict.measure,
     "export": export.measure,
