@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import pytorch_lightning as pl
@@ -61,10 +62,13 @@ class Objective(nn.Module):
     Attributes:
         layers: Dotted names of the sub-modules whose outputs it needs, relative to the Lightning module.
         weight: Factor of the objective in the total loss; with 0 it takes no part in training and only examines.
+        precise: Whether training steps compute in float32 what follows its layers, also under mixed precision, so that
+            gradients of what it taps have no coarser numbers.
     """
 
     layers: tuple[str, ...] = ()
     weight: float = 1.0
+    precise: bool = False
 
     def check(self, name: str, module: AffectModule) -> None:
         """Refuse a model that the objective cannot act on, before anything is trained.
@@ -189,6 +193,7 @@ class AffectModule(pl.LightningModule):
         self._outputs: dict[str, Tensor] | None = None
         self._tap_handles: list[Any] = []
         self._tap_versions: dict[str, int | None] = {}
+        self._precise: frozenset[str] = frozenset()
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "val": {}}
         self.last_validation: dict[str, float] = {}
         self.quantization: Any = None
@@ -269,13 +274,14 @@ class AffectModule(pl.LightningModule):
         self._outputs = None
         if self.mixup is not None:
             batch = self._mix(batch)
-        terms = self.training_terms(batch)
-        self._mixed = None
         acting = {name: objective for name, objective in self.objectives.items() if objective.weight != 0}
-        if acting:
-            outputs = self(batch) if self._outputs is None else self._outputs
-            taps = self.intact_taps()
-            terms |= {name: objective(batch, outputs, taps) for name, objective in acting.items()}
+        with self._precise_behind({layer for one in acting.values() if one.precise for layer in one.layers}):
+            terms = self.training_terms(batch)
+            self._mixed = None
+            if acting:
+                outputs = self(batch) if self._outputs is None else self._outputs
+                taps = self.intact_taps()
+                terms |= {name: objective(batch, outputs, taps) for name, objective in acting.items()}
         self._outputs, self.taps = None, {}
         counts = self._global_counts(terms)
         world = self.trainer.world_size if self._trainer is not None else 1
@@ -573,11 +579,30 @@ class AffectModule(pl.LightningModule):
         if self.shards is not None:
             self.shards.keep_whole(self, False)
 
-    def _tap(self, layer: str) -> Callable[..., None]:
-        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _tap(self, layer: str) -> Callable[..., Tensor]:
+        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            if layer in self._precise and isinstance(output, Tensor):
+                # Operations go on casting what they are given, now to float32: half of another branch fits, too.
+                torch.set_autocast_dtype(output.device.type, torch.float32)
+                output = output.float()
             self.taps[layer], self._tap_versions[layer] = output, _version(output)
+            return output
 
         return keep
+
+    @contextmanager
+    def _precise_behind(self, layers: Collection[str]) -> Iterator[None]:
+        """Compute in float32 from the first of some layers on; without autocast everything stays as it is."""
+        device = self.device.type
+        if not layers or not torch.is_autocast_enabled(device):
+            yield
+            return
+        dtype, self._precise = torch.get_autocast_dtype(device), frozenset(layers)
+        try:
+            yield
+        finally:
+            torch.set_autocast_dtype(device, dtype)
+            self._precise = frozenset()
 
     def intact_taps(self) -> dict[str, Tensor]:
         """Return the taps of the last forward pass, each as its layer gave it.

@@ -31,7 +31,8 @@ _CONSTANT = 1e-5
 class PrivilegedAttribution(Objective):
     """Pulls the attribution of a layer to the landmarks of the face (arXiv 2203.12905); free at inference.
 
-    Images without landmarks do not count.
+    Images without landmarks do not count. Under mixed precision a training step computes in float32 all that follows
+    the layer, so that the attribution and its gradient are those of float32; up to the layer it stays as chosen.
 
     Args:
         layer: Dotted name of the layer, relative to the Lightning module, e.g. ``encoder.model.layer4``; its output is
@@ -46,6 +47,8 @@ class PrivilegedAttribution(Objective):
         weight: Factor in the total loss; with 0 a model trains as without, and results tell its correlation.
         shuffled: Control: each image is pulled to the landmarks of another one of its batch.
     """
+
+    precise = True
 
     def __init__(
         self,

@@ -112,6 +112,49 @@ def test_attribution_and_loss_are_float32_under_mixed_precision(kind):
     assert any((g != 0).any() for g in gradients)
 
 
+def test_a_step_in_mixed_precision_has_the_attribution_of_float32(monkeypatch):
+    layer, found = "encoder.model.layer2", {}
+    for precise in (True, False):
+        monkeypatch.setattr(PrivilegedAttribution, "precise", precise)
+        module, batch, seen = make(PrivilegedAttribution(layer)).eval(), make_batch(), {}
+        module.log = lambda *arguments, **more: None
+        objective, inner = module.objectives["pal"], []
+
+        def note(batch, outputs, taps, objective=objective, seen=seen):
+            seen["tap"] = taps[layer]
+            seen["found"] = objective.attribution(batch, outputs, taps)[0].detach()
+            return type(objective).forward(objective, batch, outputs, taps)
+
+        objective.forward = note
+        module.encoder.model.layer1.register_forward_hook(lambda *call, inner=inner: inner.append(call[2].dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            module.training_step(batch, 0).backward()
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+            assert module(batch)["expression"].isfinite().all()
+        assert inner == [torch.bfloat16] * 2, "nothing was mixed, so nothing was tested"
+        # The same activation in a network without mixed precision.
+        put = seen["tap"].detach().float().requires_grad_()
+        module.get_submodule(layer).register_forward_hook(lambda *call, put=put: put)
+        logits = module(batch)["expression"]
+        exact = torch.autograd.grad(logits.sum(), put)[0] * put.detach()
+        found[precise] = float((seen["found"] - exact).norm() / exact.norm())
+    assert found[True] < 1e-5
+    assert found[False] > 1e-3
+
+
+def test_a_layer_inside_of_a_block_leaves_its_other_branch_in_half_precision():
+    module, kinds = make(PrivilegedAttribution("encoder.model.layer3.0.conv1")), {}
+    module.log = lambda *arguments, **more: None
+    for name in ("layer2", "layer3", "layer4"):
+        module.get_submodule(f"encoder.model.{name}").register_forward_hook(
+            lambda layer, inputs, output, name=name: kinds.update({name: output.dtype})
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module.training_step(make_batch(), 0).backward()
+    assert kinds == {"layer2": torch.bfloat16, "layer3": torch.float32, "layer4": torch.float32}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("scheme", ["68", "98"])
 def test_priors_lie_where_augmentation_moved_the_landmarks_to(scheme):
     """Images are dark but for a blob at each landmark: whatever moves the image, its brightness is the prior."""
