@@ -91,6 +91,7 @@ def run(config: DictConfig) -> None:
     if any({"images", "losses", "train", "score"} & set(t.needs) for t in transforms):
         images = training_data(config, release, trust, tasks)
     reports = []
+    warned: list[str] = []
     for name, encoder in encoders:
         data = encoder_data(config, module, encoder, images)
         network = backbone(encoder).eval()
@@ -101,13 +102,15 @@ def run(config: DictConfig) -> None:
         parity = export.differences(expected, found, tasks)
         losing = {task: one for task, one in parity.items() if one.mean > float(config.tolerance) * one.scale}
         for task, one in losing.items():
-            console.print(
-                f"[bold]warning[/bold]: {task} changes by {one.mean:.3g} on average on {shown}, more than tolerance="
-                f"{config.tolerance} of its scale {one.scale:.3g}",
-                highlight=False,
+            line = (
+                f"{task} changes by {one.mean:.3g} on average on {shown}, more than tolerance={config.tolerance} of "
+                f"its scale {one.scale:.3g}"
             )
+            warned.append(line)
+            console.print(f"[bold]warning[/bold]: {line}", highlight=False)
         if losing:
             told = blame_text(transforms, chain, network, encoder.normalise(image))  # type: ignore[operator]
+            warned += told.splitlines()
             console.print(told, highlight=False, markup=False)
     after = {"bytes": stored_size(module), "macs": model_macs(module, image)}
     found = predicted(module, image)
@@ -121,6 +124,7 @@ def run(config: DictConfig) -> None:
         "after": after,
         "compared_on": shown,
         "tolerance": float(config.tolerance),
+        "warnings": warned,
         "differences": {k: one._asdict() for k, one in parity.items()},
         "encoders": {n: [r.plain() for r in chain.reports] for n, chain in reports},
     }
@@ -394,7 +398,9 @@ def write(out: Path, release: Release, module: AffectModule, written: dict[str, 
     card = (release.folder / CARD).read_text(encoding="utf-8") if (release.folder / CARD).is_file() else ""
     metrics = {**release.metrics, "measured_before_compression": written["methods"]}
     with replacing(_made(out) / LAYERS) as part:
-        part.write_text(table(reports) + "\n", encoding="utf-8")
+        warned = "".join(f"- {line}\n" for line in written["warnings"])
+        lost = f"Beyond the tolerance of {written['tolerance']:g}:\n\n{warned}\n" if warned else ""
+        part.write_text(lost + table(reports) + "\n", encoding="utf-8")
     write_json(out / REPORT, written)
     state = module.release_state()
     training = release.training or described_run(release)

@@ -204,6 +204,10 @@ def test_what_loses_too_much_is_named(
     assert "more than tolerance=0" in told
     assert "each alone, the layers that change the output most: model." in told
     worst = told.split("protect=[")[1].split("]")[0]
+    written = json.loads((tmp_path / "out" / "compression.json").read_text(encoding="utf-8"))
+    assert any("more than tolerance=0" in line for line in written["warnings"])
+    assert any(f"protect=[{worst}]" in line for line in written["warnings"])
+    assert f"protect=[{worst}]" in (tmp_path / "out" / "compression.md").read_text(encoding="utf-8")
     again = compressed(compose, run, tmp_path / "again", "uniform", *few, f"compression.uniform.protect=[{worst}]")
     assert worst not in {one["name"] for one in again["encoders"]["encoder"][0]["layers"]}
 
