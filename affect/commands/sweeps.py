@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SWEEP, LOCK, RUN_LOCK = "sweep.json", "sweep.lock", "run.lock"
 
 WAITING, SUBMITTED, FINISHED, FAILED = "waiting", "submitted", "finished", "failed"
+HERE = "process "
+"""What the job of an entry begins with that is no number in Slurm's queue but a process of this machine."""
 
 _GRACE = 20.0
 """Seconds that a result may take to appear on a shared file system after its job has left the queue."""
@@ -71,7 +73,7 @@ class Entry:
         state: ``waiting``, ``submitted``, ``finished`` or ``failed``.
         reason: Why it failed.
         config: Hash of the configuration that it was launched with; None before.
-        job: Its number in Slurm's queue.
+        job: Its number in Slurm's queue, or ``HERE`` and that of the process that runs it.
     """
 
     number: int
@@ -314,6 +316,11 @@ class Keeper:
             self.looked_at.add(entry.number)
             composed = self._compose(entry)
             entry.folder = str(composed.hydra.sweep.subdir)
+            if (composed.get("paths") or {}).get("output"):
+                raise ConfigError(
+                    f"paths.output={composed.paths.output}: jobs lie in the folder of their sweep, where it is "
+                    "continued and collected; name that one: hydra.sweep.dir=<folder>"
+                )
             now = _hash(composed)
             if not self._is_done(entry, now, composed):
                 entry.state = SUBMITTED if entry.state == SUBMITTED else WAITING
@@ -332,9 +339,9 @@ class Keeper:
         values = {entry.number: self._stored(entry) for entry in entries if entry.state == FINISHED}
         # A search may draw the same trial twice.
         values |= {entry.number: Failure(str(entry.reason), 1) for entry in entries if entry.state == FAILED}
-        for entry in [entry for entry in missing if is_locked(self._folder(entry) / RUN_LOCK)]:
+        for entry in [entry for entry in missing if self._runs_elsewhere(entry)]:
             self.say(f"{entry.said} runs in another process; waiting for it")
-            while is_locked(self._folder(entry) / RUN_LOCK):
+            while self._runs_elsewhere(entry):
                 time.sleep(1.0)
             if self._exists(entry):
                 values[entry.number] = self._stored(entry)
@@ -367,6 +374,11 @@ class Keeper:
             composed.hydra.job.num = entry.number
             composed.hydra.job.id = entry.number
         return composed
+
+    def _runs_elsewhere(self, entry: Entry) -> bool:
+        """Return whether a job of an earlier start goes on here: it outlives the sweep, and locks its folder late."""
+        here = entry.state == SUBMITTED and str(entry.job).startswith(HERE)
+        return is_locked(self._folder(entry) / RUN_LOCK) or (here and runs_here(str(entry.job).removeprefix(HERE)))
 
     def _exists(self, entry: Entry) -> bool:
         return self.finished is not None and (self._folder(entry) / self.finished).is_file()
@@ -469,17 +481,18 @@ class Keeper:
         params: dict[str, Any] = self.launcher.params  # type: ignore[attr-defined]
         tasks = range(int(params.get("tasks_per_node") or 1) * int(params.get("nodes") or 1))
         jobs: dict[int, Any] = {}
-        queued = alive([entry.job for entry in missing if entry.job]) if slurm else set()
+        known = {entry.number: entry.job for entry in missing if entry.job and not entry.job.startswith(HERE)}
+        queued = alive(list(known.values())) if slurm else set()
         for entry in missing:
-            if slurm and entry.state == SUBMITTED and entry.job and (queued is None or entry.job in queued):
-                jobs[entry.number] = submitit.SlurmJob(params["submitit_folder"], entry.job, tuple(tasks))
+            if slurm and entry.state == SUBMITTED and entry.number in known and (queued is None or entry.job in queued):
+                jobs[entry.number] = submitit.SlurmJob(params["submitit_folder"], known[entry.number], tuple(tasks))
         if jobs:
             self.say(f"in Slurm's queue from an earlier start, waiting for: {counted(len(jobs))}")
         new = [entry for entry in missing if entry.number not in jobs]
         if new:
             for entry, job in zip(new, self._submit(new), strict=True):
                 jobs[entry.number] = job
-                entry.state, entry.reason, entry.job = SUBMITTED, None, job.job_id if slurm else None
+                entry.state, entry.reason, entry.job = SUBMITTED, None, f"{'' if slurm else HERE}{job.job_id}"
             self.record.write()
         if slurm and new:
             self.say(f"submitted to Slurm: {counted(len(new))} ({_ids(new)}); logs in {params['submitit_folder']}")
@@ -572,6 +585,15 @@ def _has_ended(job: Any, slurm: bool) -> bool:  # noqa: ANN401
     folder = job.paths.folder
     folder.chmod(folder.stat().st_mode)  # lets a network file system look again
     return all(job.task(k).paths.result_pickle.exists() for k in range(job.num_tasks))
+
+
+def runs_here(process: str) -> bool:
+    """Return whether a process of this machine is one of submitit's; its number may belong to another one by now."""
+    try:
+        command = Path(f"/proc/{int(process)}/cmdline").read_bytes()
+    except (OSError, ValueError):  # it is gone, or the system keeps no such list
+        return False
+    return b"submitit" in command
 
 
 def alive(ids: Sequence[str]) -> set[str] | None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_every_job_is_listed_before_the_first_runs(calls):
     assert (first["command"], first["sweeper"]) == ("train", "basic")
     assert [job["state"] for job in seen[2]["jobs"]] == ["finished", "finished", "waiting"]
     assert [job["state"] for job in sweep_file()["jobs"]] == ["finished"] * 3
+
+
+def test_a_folder_for_all_jobs_is_that_of_the_sweep(calls, capsys):
+    assert main(["train", "-m", "seed=1,2", "+paths.output=mine"]) == 2
+    assert "name that one: hydra.sweep.dir=<folder>" in capsys.readouterr().err
+    assert calls == []
 
 
 def test_batches_are_listed_as_a_whole(calls):
@@ -236,7 +243,7 @@ def test_paths_of_a_search_keep_their_quotes(calls, shipped):
 
 
 LAUNCHED = """
-import json, os, signal, sys, types
+import json, os, signal, sys, time, types
 
 
 def run(config):
@@ -249,6 +256,8 @@ def run(config):
         file.write("x")
     if config.seed == 2 and not os.path.exists("healed"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if config.seed == 5:
+        time.sleep(25)
     if config.seed == 3 and not os.path.exists("healed"):
         raise RuntimeError("a mistake")
     (folder / "results.json").write_text(json.dumps({"selection": {"score": number}, "seed": config.seed}))
@@ -275,6 +284,12 @@ def user(tmp_path):
         folder = tmp_path / "user"
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
+    def start(*words):
+        command = [sys.executable, "-m", "affect.commands.main", *words]
+        out = subprocess.DEVNULL
+        return subprocess.Popen(command, cwd=tmp_path / "user", env=environment, stdout=out, stderr=out)
+
+    run.start = start
     return tmp_path / "user", run
 
 
@@ -302,6 +317,29 @@ def test_a_killed_job_neither_stops_nor_loses_the_others(user, launcher):
     assert [(sweep / str(k) / "starts").read_text() for k in (0, 3)] == before
     results = [json.loads((sweep / str(k) / "results.json").read_text()) for k in range(4)]
     assert [(found["seed"], found["selection"]["score"]) for found in results] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+@pytest.mark.slow
+def test_a_job_that_outlived_its_sweep_is_waited_for(user):
+    """A job locks its folder only when it has begun to train; until then its process alone tells of it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    folder, run = user
+    line = ["train", "-m", "seed=5", "hydra/launcher=local"]
+    first = run.start(*line)
+    deadline = time.monotonic() + 120
+    while not any("process " in path.read_text() for path in folder.rglob("sweep.json")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    done = run(*line)
+    assert done.returncode == 0, done.stderr
+    assert "runs in another process; waiting for it" in done.stdout + done.stderr
+    (sweep,) = (folder / "runs" / "sweeps").iterdir()
+    (job,) = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    assert (job["state"], job["job"]) == ("finished", None)
+    assert (sweep / "0" / "starts").read_text() == "x"
 
 
 @pytest.mark.slow
