@@ -99,7 +99,15 @@ class Preemption(pl.callbacks.Checkpoint):
         self._leave_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the handlers back: what follows has no batches."""
+        """Leave if a signal came behind the last epoch, whose checkpoint is written; put the handlers back.
+
+        What follows has no batches, and would be killed at the end of the grace that the signal began.
+        """
+        noted = self._agreed(trainer)
+        if noted:
+            if not (self.folder / LAST).is_file():
+                trainer.save_checkpoint(self.folder / LAST)
+            raise Preempted(noted)
         self._put_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -113,12 +121,16 @@ class Preemption(pl.callbacks.Checkpoint):
         replaced, self._replaced = self._replaced, {}
         restore(replaced)
 
+    def _agreed(self, trainer: pl.Trainer) -> int:
+        """Return the signal that any process has noted, 0 without one."""
+        if trainer.world_size == 1:
+            return self._noted
+        agreed = torch.tensor(self._noted)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(agreed)
+
     def _leave_if_asked(self, trainer: pl.Trainer) -> None:
-        noted = self._noted
-        if trainer.world_size > 1:
-            agreed = torch.tensor(noted)
-            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX, group=self._group)
-            noted = int(agreed)
+        noted = self._agreed(trainer)
         if noted:
             trainer.save_checkpoint(self.folder / LAST)
             raise Preempted(noted)

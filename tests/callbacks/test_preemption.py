@@ -97,6 +97,22 @@ def test_a_run_leaves_at_the_next_boundary_and_continues_exactly(
     assert all(torch.equal(continued[name], value) for name, value in whole.items())
 
 
+class SignalledAtTheEnd(pl.Callback):
+    """Sends this process a signal when the last epoch is over: no batch, and no epoch, follows."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def test_a_signal_behind_the_last_epoch_is_obeyed(tmp_path: Path) -> None:
+    with pytest.raises(Preempted) as caught:
+        _train(tmp_path, SignalledAtTheEnd())
+    assert caught.value.signum == signal.SIGUSR2
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2 * len(BATCHES)
+    continued, whole = _train(tmp_path), _train(tmp_path / "whole")
+    assert all(torch.equal(continued[name], value) for name, value in whole.items())
+
+
 def test_agreements_cannot_be_rarer_than_never(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"every_n_steps=0 must be at least 1"):
         Preemption(tmp_path, every_n_steps=0)
