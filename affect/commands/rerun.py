@@ -20,7 +20,7 @@ from affect.callbacks import preemptible
 from affect.commands import assembly, configuration, train
 from affect.commands.distributed import join_tasks, processes_of_a_run
 from affect.commands.run_folder import CODE, CONFIG, RESULTS, contents, is_first_process
-from affect.errors import ConfigError, near
+from affect.errors import ConfigError, DataError, near
 from affect.report import environment, read_json, write_json
 
 RERUN = "rerun.json"
@@ -54,7 +54,17 @@ def _run(config: DictConfig) -> float | None:
     now = environment()
     differences = [*notes, *environment_differences(before["environment"], now)]
     differences += patch_notes(path.parent, before["environment"], now)
-    sources = assembly.build_sources(again, assembly.make(again.prepare, "prepare"))
+    try:
+        sources = assembly.build_sources(again, assembly.make(again.prepare, "prepare"))
+    except (ConfigError, DataError) as error:
+        places = ", ".join(
+            f"{key}={value}"
+            for key, value in configuration.leaves(OmegaConf.to_container(again.dataset), "dataset.")
+            if isinstance(value, str) and configuration.is_path_key(key)
+        )
+        raise type(error)(
+            f"{error}. The run's own paths: {places or 'none'}; change=[<key>=<path>] says where things lie now"
+        ) from error
     made_of = contents(sources, again)
     differences += data_differences(before.get("made_of"), made_of)
     say(

@@ -274,4 +274,10 @@ def differing(a: DictConfig, b: DictConfig) -> list[str]:
         return {prefix: node}
 
     ours, theirs = flat(effective(a)), flat(effective(b))
-    return sorted(key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key))
+    found = {key for key in set(ours) | set(theirs) if ours.get(key) != theirs.get(key)}
+    # Weights are drawn in the order in which these are built.
+    for node in ("task", "objectives"):
+        ordered, other = list(a.get(node) or ()), list(b.get(node) or ())
+        if ordered != other and sorted(ordered) == sorted(other):
+            found.add(f"{node} (order)")
+    return sorted(found)

@@ -104,6 +104,16 @@ def test_what_differs_is_said_before_anything_starts(run, capsys):
     assert not list(run.glob("rerun*"))
 
 
+def test_data_that_is_not_where_it_was_is_asked_for(run):
+    results = read_json(run / "results.json")
+    results["config"]["dataset"]["root"] = "faces"
+    write_json(run / "results.json", results)
+    with pytest.raises(
+        (ConfigError, DataError), match=r"paths: dataset\.root=faces; change=\[<key>=<path>\] says where"
+    ):
+        again(run, "check=true")
+
+
 def test_changes_and_places(run, tmp_path):
     stored = read_json(run / "results.json")["config"]
     config, notes = rerun.stored_config(stored, tmp_path / "new", ["optimizer.lr=0.5", "paths.cache=/a b, c"])

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from affect.commands import evaluate, train
 from affect.commands.inference import table_metrics
-from affect.commands.run_folder import clear, locked, resolve_output, result_hash, same_run, store
+from affect.commands.run_folder import clear, differing, locked, resolve_output, result_hash, same_run, store
 from affect.data.table import FaceTable
 from affect.errors import CheckpointError, ConfigError, DataError
 from affect.release import build_model, build_tasks, read_release
@@ -289,6 +289,7 @@ _NEUTRAL = ("dataset.dials.expression_rates=[1,0,0,0,0,0,0,0]",)
         (["seed=abc"], ConfigError, "seed=abc"),
         (["trainer.max_epochs=ten"], ConfigError, "trainer.max_epochs=ten"),
         (["trainer.precision=7"], ConfigError, "trainer: "),
+        (["+trainer.val_check_interval=2"], ConfigError, "val_check_interval=2: .*would miss validations"),
         (["optimizer.lr=fast"], ConfigError, "optimizer.lr=fast: a number is needed"),
         (["optimizer.lr=-1.0"], ConfigError, "optimizer: .*-1.0"),
         (["task=[expression]", "loss=asymmetric"], ConfigError, "loss=…: no selected task uses it"),
@@ -360,3 +361,11 @@ def test_an_epoch_that_is_never_reached_is_noted(compose: Callable[..., DictConf
     assert train.freeze_notes(compose("train", *line, "trainer.max_epochs=6")) == []
     (said,) = train.freeze_notes(compose("train", *line, "trainer.max_epochs=5"))
     assert said.startswith("callbacks.qat.freeze_norms=5 is never reached: the last epoch is 4 (trainer.max_epochs=5)")
+
+
+def test_another_order_of_tasks_is_another_run(compose: Callable[..., DictConfig]) -> None:
+    """Heads are drawn one after the other."""
+    one, other = (compose("train", f"task=[{names}]") for names in ("au,expression", "expression,au"))
+    assert list(one.task) != list(other.task)
+    assert differing(one, other) == ["task (order)"]
+    assert differing(one, one.copy()) == []
