@@ -184,7 +184,16 @@ def test_a_run_that_goes_on_is_one_run_for_its_loggers(tmp_path):
 def test_the_package_keeps_one_run_of_two_starts(name, tmp_path, monkeypatch):
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_SILENT", "true")
-    arguments = [*QUICK, f"logger={name}", f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'c'}"]
+    logged = set()
+    if name == "wandb":  # whose files without a network only its own programs read
+        from wandb.sdk.wandb_run import Run
+
+        log = Run.log
+        monkeypatch.setattr(
+            Run, "log", lambda run, data, *rest, **named: logged.update(data) or log(run, data, *rest, **named)
+        )
+    places = [f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'c'}"]
+    arguments = [*QUICK, f"logger=[csv,{name}]", *places, "figures=true"]
     config = configuration.compose("train", [*arguments, "trainer.max_epochs=2"])
     with monkeypatch.context() as patched:
         patched.setattr(train, "select_weights", lambda *arguments: 1 / 0)  # behind the last epoch
@@ -205,7 +214,16 @@ def test_the_package_keeps_one_run_of_two_starts(name, tmp_path, monkeypatch):
         client = MlflowClient(config.logger.mlflow.tracking_uri)
         (experiment,) = client.search_experiments(filter_string=f"name = '{config.name}'")
         (run,) = client.search_runs([experiment.experiment_id])
-        assert "test/au/f1/mean" in run.data.metrics
+        logged = set(run.data.metrics)
+        pictures = {Path(file.path).stem for file in client.list_artifacts(run.info.run_id, "figures")}
     else:
         folders = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
         assert folders == {second["value"]}
+        pictures = {key.partition("/")[2] for key in logged if key.startswith("figures/")}
+        stored = (tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/figures/*")
+        assert len(list(stored)) == len(pictures)
+        logged = {key for key in logged if not key.startswith(("_", "figures/"))} - {"trainer/global_step"}
+    assert pictures == {path.stem for path in (tmp_path / "run" / "figures").glob("*.png")} != set()
+    # CSV keeps what one start logged; the second one had nothing to train.
+    versions = [path.read_text().partition("\n")[0] for path in (tmp_path / "run" / "csv").glob("*/metrics.csv")]
+    assert logged == {column for header in versions for column in header.split(",")} - {"step"}
