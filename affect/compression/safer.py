@@ -519,6 +519,7 @@ class SAfER:
             self._compare(network, free, data, report)
         ranges = input_ranges(network, list(layers), data.images) if self.input_bits is not None else {}
         order = {name: k for k, name in enumerate(sorted(scores, key=lambda one: -scores[one]), 1)}
+        sizes = {name: _weight(layer).numel() for name, layer in free.items()}  # codes have no weight to ask
         for name in layers:
             stored, bits = (
                 (fixed[name], int(self.edge_bits or 8))
@@ -533,11 +534,10 @@ class SAfER:
                 put_inputs(network, name, low, high, record.input_bits)
             report.layers.append(record)
         held = sum(costs[name][bits] for name, bits in chosen.items())
-        weights = sum(_weight(layer).numel() for layer in free.values())
         report.totals = {
             "budget": budget,
             "bytes": held,
-            "mean_bits": sum(b * _weight(free[n]).numel() for n, b in chosen.items()) / max(weights, 1),
+            "mean_bits": sum(bits * sizes[name] for name, bits in chosen.items()) / max(sum(sizes.values()), 1),
         }
         report.details["sensitivity"] = {self.criterion: scores}
         return report

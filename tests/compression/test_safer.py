@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from affect.compression.base import Data, quantizable, relative_error, run_chain
+from affect.compression.folding import BatchNormFolding
+from affect.compression.layers import CompressedConv2d, CompressedLinear
 from affect.compression.rounding import AdaRound
 from affect.compression.safer import (
     CRITERIA,
@@ -33,6 +35,7 @@ from affect.compression.structure import apply_structure, structure
 from affect.compression.uniform import UniformQuantization, round_to_grid
 from affect.errors import ConfigError
 from tests.compression.digits import Task, digits
+from tests.compression.networks import FaceNet
 
 FUNCTION = ("loss", "output", "gradient_weight", "integrated_gradients", "fisher", "hessian")
 """Criteria that are the same for networks that compute the same."""
@@ -386,3 +389,22 @@ def test_needs_follow_from_settings() -> None:
     assert SAfER(criterion="fisher").needs == ("losses",)
     assert SAfER(criterion="magnitude").needs == ()
     assert SAfER(criterion="magnitude", input_bits=8).needs == ("images",)
+
+
+@pytest.mark.parametrize("before", ["spiq", "padded"])
+def test_it_takes_layers_that_another_method_has_put_in_place(before: str) -> None:
+    """Behind SPIQ, or where a forward fold pads with values, a layer is one of ours and loses its floats to codes."""
+    torch.manual_seed(0)
+    network = FaceNet().eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    images = torch.randn(4, 3, 32, 32)
+    chain: list = [BatchNormFolding(), *([SPIQ(8)] if before == "spiq" else []), SAfER(bits=4)]
+    report = run_chain(network, chain, Data(images=[images]), images).reports[-1]
+    assert report.totals["bytes"] <= report.totals["budget"]
+    layers = [layer for layer in network.modules() if isinstance(layer, CompressedConv2d | CompressedLinear)]
+    assert layers
+    assert all(layer.stored is not None for layer in layers)
