@@ -17,7 +17,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from affect.compression.layers import CompressedConv2d, CompressedLinear
+from affect.compression.layers import CodesReadError, CompressedConv2d, CompressedLinear
 from affect.compression.report import Report
 from affect.errors import ConfigError
 
@@ -41,6 +41,9 @@ What must be read of a network before others change it (statistics of batch norm
 
 KEEPING = ("prune", "fold")
 """Stages after which layers still multiply by floats: what a network was before its layers became codes."""
+
+CODING = ("inputs", "weights", "rounding", "residuals")
+"""Stages that act on layers which codes can take the place of, and on nothing else."""
 
 
 @dataclass
@@ -129,15 +132,34 @@ def quantizable(network: nn.Module, protect: Sequence[str] = ()) -> dict[str, nn
     """Return plain convolutions and linear layers by name, in order of the network, without protected ones.
 
     Layers with a forward pass of their own (weight standardisation, the projections inside PyTorch's attention) are no
-    plain ones: codes in their place would not be what is multiplied by.
+    plain ones: codes in their place would not be what is multiplied by. Nor are those of PyTorch's transformer, which
+    reads their weights itself, and convolutions that pad with anything but zeros.
 
     Args:
         network: The network.
         protect: Names, or starts of names up to a dot, of layers that stay as they are.
     """
     kinds = (nn.Conv2d, Conv2dSame, nn.Linear, CompressedConv2d, CompressedLinear)
-    found = {name: layer for name, layer in network.named_modules() if type(layer) in kinds}
+    reading = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention)
+    inside = {id(sub) for module in network.modules() if isinstance(module, reading) for sub in module.modules()}
+    found = {
+        name: layer
+        for name, layer in network.named_modules()
+        if type(layer) in kinds and id(layer) not in inside and getattr(layer, "padding_mode", "zeros") == "zeros"
+    }
     return {n: layer for n, layer in found.items() if not any(n == p or n.startswith(f"{p}.") for p in protect)}
+
+
+def other_layers(network: nn.Module) -> dict[str, str]:
+    """Return the type of each layer with a weight of several dimensions that ``quantizable`` leaves out, by name."""
+    known = quantizable(network)
+    found = {}
+    for name, layer in network.named_modules():
+        weights = [p for key, p in layer.named_parameters(recurse=False) if key.endswith("weight") and p.ndim > 1]
+        if name not in known and weights:
+            padding = getattr(layer, "padding_mode", "zeros")
+            found[name] = type(layer).__name__ + ("" if padding == "zeros" else f", padding_mode={padding}")
+    return found
 
 
 def check_order(transforms: Sequence[Transform], data: Data) -> None:
@@ -216,10 +238,27 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
             prepared = True
         if chain.floats is None and transform.stage not in KEEPING:
             chain.floats = copy.deepcopy(network)
-        report = transform(network, data)
-        network.eval()
-        with torch.no_grad():
-            report.error = relative_error(original, network(images))
+        others = other_layers(network)
+        try:
+            report = transform(network, data)
+            network.eval()
+            with torch.no_grad():
+                report.error = relative_error(original, network(images))
+        except CodesReadError as error:
+            place = next((name for name, layer in network.named_modules() if layer is error.layer), "a layer")
+            raise ConfigError(
+                f"{place}: the module around it reads its weight, which {transform.name} made codes; leave it out: "
+                f"compression.{transform.name}.protect=[{place}]"
+            ) from error
+        told = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:3])
+        told += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        if transform.stage in CODING and not report.layers:
+            raise ConfigError(
+                f"compression={transform.name}: no layer that it could act on: codes take the place of plain "
+                f"convolutions and linear layers that are not protected{f'; there are {told}' if told else ''}"
+            )
+        if transform.stage == "weights" and others:
+            report.notes.append(f"{len(others)} layers of other kinds keep their floats: {told}")
         chain.reports.append(report)
         chain.errors.append(report.error)
     return chain

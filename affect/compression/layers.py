@@ -109,6 +109,18 @@ class InputGrid(nn.Module):
         }
 
 
+class CodesReadError(AttributeError):
+    """Something else than a layer reads its weight, which is codes now.
+
+    Attributes:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__("a weight that became codes was read")
+        self.layer = layer
+
+
 class _Compressed(nn.Module):
     """What compressed convolutions and linear layers share: where weight, bias and inputs come from.
 
@@ -129,6 +141,14 @@ class _Compressed(nn.Module):
             raise ValueError(f"a stored weight of shape {list(self.stored.shape)} replaces one of {list(weight.shape)}")
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.inputs: InputGrid | None = None if inputs is None else InputGrid(**inputs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name == "weight":
+                raise CodesReadError(self) from error
+            raise
 
     def current_weight(self) -> Tensor:
         """Return the weight that is multiplied by."""
