@@ -360,8 +360,8 @@ class SPIQ:
             note = ""
             if name in now:
                 moved = _affine(self.seen[name], now[name])
-                if moved is None:
-                    note = "inputs stay floats: they changed in another way than by folding"
+                if isinstance(moved, str):
+                    note = f"inputs stay floats: {moved}"
                 else:
                     low, high, bits = self.ranges[name]
                     ends = torch.stack([low * moved[0] + moved[1], high * moved[0] + moved[1]])
@@ -391,20 +391,29 @@ def _inputs(network: nn.Module, names: Sequence[str], data: Data) -> dict[str, T
         rows = x.movedim(1, -1).flatten(0, -2) if channels_first else x.flatten(0, -2)
         found[name] = rows[:: max(1, len(rows) // 256)].double().cpu()
 
-    noise = torch.randn(2, *data.example.shape[1:], generator=torch.Generator().manual_seed(data.seed))
+    draws = torch.Generator().manual_seed(data.seed)
+    noise = torch.randn(2, *data.example.shape[1:], generator=draws)
+    # Wider noise, too, reaches channels that hardly ever are above their ReLU's zero.
+    noise = torch.cat([noise, 5 * torch.randn(2, *data.example.shape[1:], generator=draws)])
     with watched_inputs(network, names, see):
         network(noise.to(data.example))
     return found
 
 
-def _affine(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return factor and shift of each channel that turn ``before`` into ``after``; None if nothing does."""
+def _affine(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor] | str:
+    """Return factor and shift of each channel that turn ``before`` into ``after``, or why they are not known."""
+    changed = "they changed in another way than by folding"
     if before.shape != after.shape:
-        return None
+        return changed
     centred = before - before.mean(0)
     spread = centred.square().sum(0)
     slope = (centred * (after - after.mean(0))).sum(0) / spread.clamp_min(1e-30)
-    factor = torch.where(spread > 1e-20, slope, torch.ones_like(slope))
+    still = spread <= 1e-20
+    factor = torch.where(still, torch.ones_like(slope), slope)
     shift = after.mean(0) - factor * before.mean(0)
     left = (before * factor + shift - after).norm() / after.norm().clamp_min(1e-30)
-    return (factor, shift) if float(left) < 1e-2 else None
+    if float(left) >= 1e-2:
+        return changed
+    # A constant shows a shift, and not by what folding multiplied.
+    lost = int((still & (shift.abs() > 1e-6 * after.abs().amax().clamp_min(1e-30))).sum())
+    return f"{lost} channels are constant on noise, and folding moved them" if lost else (factor, shift)

@@ -475,3 +475,35 @@ def test_static_ranges_read_expressions_as_well_as_dynamic_ones() -> None:
     assert accuracy(network) > 0.5
     assert abs(accuracy(static) - accuracy(dynamic)) <= 0.01
     assert abs(accuracy(static) - accuracy(network)) <= 0.01
+
+
+def forward_folded(bias: float) -> tuple[nn.Sequential, Tensor]:
+    """A batch norm behind a ReLU, which is folded forward, one of whose channels is rarely above zero."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    norm = network[2]
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        network[0].bias[0] = bias  # type: ignore[index]
+        norm.weight.copy_(torch.tensor([0.067, 1.0, 2.0, 0.5, 1.5, 1.0]))
+        norm.bias.normal_()
+        network[3].weight[:, 0] *= 10  # type: ignore[index, operator]
+    return network, 5 * torch.randn(8, 3, 12, 12)
+
+
+def test_channels_that_noise_rarely_reaches_are_scaled_as_folding_scaled_them() -> None:
+    network, images = forward_folded(-4.0)
+    with torch.no_grad():
+        assert not network[1](network[0](torch.randn(2, 3, 12, 12)))[:, 0].any(), "usual noise reaches it"
+    chain = run_chain(network, [BatchNormFolding(), SPIQ(8, reach=20)], Data(), images)
+    assert [record.input_bits for record in chain.reports[-1].layers] == [8, 8]
+    assert chain.errors[-1] < 0.05
+
+
+def test_channels_that_noise_never_reaches_keep_a_layer_in_floats() -> None:
+    network, images = forward_folded(-100.0)
+    report = run_chain(network, [BatchNormFolding(), SPIQ(8)], Data(), images).reports[-1]
+    assert [record.input_bits for record in report.layers] == [8, None]
+    assert report.layers[1].note == "inputs stay floats: 1 channels are constant on noise, and folding moved them"
