@@ -40,7 +40,7 @@ def test_every_arm_is_what_its_name_says(name: str) -> None:
         assert own["model.gate"] == gates.get(kind, "exogenous"), arm
         assert own["model.experts"] == (1 if kind == "single" else experts), arm
         assert own["model.hidden"] == [int(budget) * (experts if kind == "single" else 1)], arm
-        dispelling = {"weak": 0.1, "strong": 10}.get(rest[-1] if rest else "", 0.1 if budget == "16" else 1)
+        dispelling = {"weak": 0.1, "strong": 10}.get(rest[-1] if rest else "", 1)
         assert own["model.dispelling"] == (dispelling if kind == "thin" else float("dispelled" in rest)), arm
         assert own["model.shuffled"] is (kind == "shuffled"), arm
         assert own["model.exogenous.random"] is (kind == "random"), arm
@@ -53,11 +53,12 @@ def test_the_ladders_are_one_ladder() -> None:
     digits = plan("thin_digits")
     for name in NAMES[1:]:
         other = plan(name)
-        expected = {arm: digits["arms"][arm] for arm in other["arms"]}
-        assert other["arms"] == (expected if name == "thin_faces_identity" else digits["arms"])
+        assert other["arms"] == digits["arms"]
         assert (other["headroom"], other["baseline"]) == (digits["headroom"], digits["baseline"])
-    weights = {settings(digits, arm)["model.dispelling"] for arm in digits["arms"] if "128" in arm}
-    assert weights == {0, 0.1, 1, 10}
+    small, large = ({arm for arm in digits["arms"] if budget in arm.split("_")} for budget in ("16", "128"))
+    assert {arm.replace("128", "16") for arm in large} == small
+    for arms in (small, large):
+        assert {settings(digits, arm)["model.dispelling"] for arm in arms} == {0, 0.1, 1, 10}
     assert digits["headroom"] == {"oracle_16": "mean_16", "oracle_128": "mean_128"}
     measures = {str(measure.get("finding", measure.get("name"))) for measure in digits["measures"].values()}
     told = {"dispelling/abs_cos", "reads/endogenous", "probe/linear", "probe/mlp", "gate/information"}
