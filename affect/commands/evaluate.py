@@ -304,7 +304,9 @@ def require_place(stored: DictConfig, given: DictConfig, checkpoint: str, releas
     """
     if not release.training:
         return
-    for key, what in (("table", "table=<your table>"), ("root", "root=<its folder>")):
+    # A table names its folder, or lies in it.
+    places = {"table": "table=<your table>"} if "table" in stored.dataset else {"root": "root=<its folder>"}
+    for key, what in places.items():
         read = stored.dataset.get("read")
         asked = key in stored.dataset and stored.dataset[key] is None and isinstance(read, DictConfig) and key in read
         if asked and given.get(key) is None and stored.dataset.name not in ("orl", "faces"):

@@ -2,13 +2,13 @@
 """``affect release``: what of a run may be published, in a folder that needs nothing else.
 
 A run's own folder ``release`` holds weights, config, outputs and metrics. Published, it also says what trained it
-and how that was divided, so that ``affect evaluate`` finds its own test part again and stops on people that it knows;
-people are hashed and no path of this machine is left in it.
+and how that was divided, so that ``affect evaluate`` finds its own test part again and stops on people, groups and
+image files that it knows; they are hashed and no path of this machine is left in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,16 @@ def run(config: DictConfig) -> None:
     build_model(written, build_tasks(written))
     size = sum((out / name).stat().st_size for name in FILES if (out / name).is_file())
     console.print(f"[bold]{out}[/bold]: {', '.join(name for name in FILES if (out / name).is_file())}", soft_wrap=True)
-    console.print(
-        f"{size / 1e6:.1f} MB; people of {', '.join(people) or 'no name space'} are hashed, paths are left out"
-    )
+    console.print(f"{size / 1e6:.1f} MB; {trained_on(people)}; paths are left out")
     console.print(f"evaluate it: affect evaluate checkpoint={out}{_needs(training)}", soft_wrap=True, markup=False)
+
+
+def trained_on(people: Mapping[str, Sequence[str]]) -> str:
+    """Return how many people, groups and image files of its training a release knows again."""
+    counts = ", ".join(f"{len(hashes)} of {space}" for space, hashes in people.items())
+    if not counts:
+        return "nothing tells whom it was trained on, so evaluation cannot stop on them"
+    return f"knows its training again by hashes: {counts}"
 
 
 def require_free(out: Path, force: bool) -> None:
@@ -193,7 +199,7 @@ def published_card(
     protocol = training["protocol"]
     lines.append(f"- protocol: {protocol.get('name') or 'default'}, test part {protocol.get('test')}")
     for space, hashes in people.items():
-        lines.append(f"- {len(hashes)} identities of {space} trained or selected it; `people.json` holds their hashes")
+        lines.append(f"- trained or selected by {len(hashes)} of {space}; `people.json` holds their hashes")
     thresholds = (release.preprocess.get("thresholds") or {}).get("values") or {}
     if thresholds:
         rule = release.preprocess["thresholds"].get("rule")

@@ -29,6 +29,7 @@ from affect.data.protocol import (
     divide,
     faceless_rows,
     group_codes,
+    groups_of,
     keep_classes,
     people_of,
     require_parts,
@@ -388,11 +389,14 @@ class FaceDataModule(pl.LightningDataModule):
         return [leak for division in self.divisions for leak in division.leaks]
 
     def people(self) -> dict[str, list[str]]:
-        """Return who trains or selects, by name space of identities; the test part where it selects is left out."""
+        """Return who trains or selects, by name space of identities; the test part where it selects is left out.
+
+        Of tables without people it is what ``groups_of`` keeps of them.
+        """
         parts = self._parts()
         selecting = [TRAIN] if self.protocol.selection == "best_on_test" else [TRAIN, VALIDATION]
         rows = [np.concatenate(chosen) for chosen in zip(*(parts[part] for part in selecting), strict=True)]
-        return people_of(self.sources, rows)
+        return people_of(self.sources, rows) | groups_of(self.sources, rows, self.protocols)
 
     def faceless(self, part: str) -> int:
         """Return how many rows of a part show no found face, also where ``protocol.missing_faces`` leaves them out."""

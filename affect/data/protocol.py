@@ -9,7 +9,9 @@ nothing (but for the legacy rule ``best_on_test``, which says so): validation gr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -36,6 +38,15 @@ UNUSED_PART = "part neither trains, selects nor tests"
 
 HASHED = "sha256:"
 """Prefix of a name that was hashed."""
+
+IMAGES = "image files"
+"""Name space of the files that trained a model, by name and content, where a table has no people."""
+
+GROUPS_OF = " of tables"
+"""What follows a column in the name space of its values, which count where tables have image files in common."""
+
+KNOWN = 2048
+"""Most hashes of image files, and of values of a column, that a checkpoint keeps of tables without people."""
 
 _TRAINING_NAMES = ("train", "training")
 _VALIDATION_NAMES = ("val", "valid", "validation", "dev")
@@ -729,6 +740,8 @@ def known_people(
 ) -> list[str]:
     """Return a sentence with names for each name space of which ``rows`` hold people that a model was trained on.
 
+    Tables without people are compared by what ``groups_of`` keeps.
+
     Args:
         sources: Sources that are evaluated.
         rows: Rows of each.
@@ -742,7 +755,131 @@ def known_people(
             sentences.append(
                 f"the model was trained on {len(both)} {_identities(sources, space)} among these rows: {_listed(both)}"
             )
-    return sentences
+    return sentences + [
+        f"{source.name}: the model was trained on {said}"
+        for source, chosen in zip(sources, rows, strict=True)
+        for said in _known_groups(source, chosen, trained)
+    ]
+
+
+# ------------------------------------------------------------------------------------ tables without people
+
+
+def groups_of(
+    sources: Sequence[Source], rows: Sequence[np.ndarray], protocols: Sequence[Protocol]
+) -> dict[str, list[str]]:
+    """Return hashes that tell what is in ``rows`` of tables without people (``people_of`` has those), by name space.
+
+    Drawn faces name their people by the seed of the generator (metadata ``identities``). Elsewhere a name says little:
+    many tables count their subjects from 1. What is kept are image files, by name and content, and the values of
+    the column that the training was split by, which count where some of these files are met again. Of each name space
+    the ``KNOWN`` least hashes are kept: a sample of the values that is the same wherever they are met. Images that are
+    no files tell nothing.
+
+    Args:
+        sources: Sources of a training.
+        rows: Rows of each.
+        protocols: The protocol of each.
+    """
+    found: dict[str, set[str]] = {}
+    for source, chosen, protocol in zip(sources, rows, protocols, strict=True):
+        column, space = protocol.group or source.group, source.table.metadata.get("identities")
+        if people_in(source, chosen[:0])[0]:
+            continue
+        if space is None:
+            found.setdefault(IMAGES, set()).update(_least_files(source.table, chosen))
+            space = f"{column}{GROUPS_OF}"
+        elif column != identity_column(source.table):
+            continue  # Who splits by image shows the same people in all parts, and was told so.
+        if column not in _IMAGE_COLUMNS:
+            found.setdefault(str(space), set()).update(_value_hashes(source.table, chosen, column, str(space)))
+    return {space: sorted(hashes)[:KNOWN] for space, hashes in sorted(found.items()) if hashes}
+
+
+_IMAGE_COLUMNS = ("image", "source_image")
+_CHUNK = 65536
+_TAIL = 16384
+"""Bytes of a file's end that are compared."""
+
+
+def _known_groups(source: Source, rows: np.ndarray, trained: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return what of ``rows`` trained a model, by the hashes of ``groups_of``."""
+    table, drawn = source.table, source.table.metadata.get("identities")
+    if people_in(source, rows[:0])[0]:
+        return []
+    if drawn is not None:
+        columns = {str(drawn): identity_column(table)} if drawn in trained else {}
+        files = np.empty(0, np.int64)
+    else:
+        files = _known_files(table, frozenset(trained.get(IMAGES, ())))
+        columns = {space: space.removesuffix(GROUPS_OF) for space in trained if space.endswith(GROUPS_OF)}
+    said = []
+    for space, column in columns.items():
+        if column not in table.names or not (drawn is not None or len(files)):
+            continue
+        hashes = _value_hashes(table, rows, column, space)
+        known = sorted(hashes[one] for one in hashes.keys() & set(trained[space]))
+        if known:
+            said.append(f"{len(known)} values of {column} among these rows: {_listed(known)}")
+    common = np.intersect1d(files, rows)
+    if len(common):
+        said.append(f"{len(common)} image files among these rows: {_listed(table.strings('image', common)[0])}")
+    return said
+
+
+def _value_hashes(table: FaceTable, rows: np.ndarray, column: str, space: str) -> dict[str, str]:
+    """Return the values of a column in ``rows`` by their hash; leading zeros do not count: ``s07`` is ``s7``."""
+    codes, names = table.codes(column)
+    inside = np.unique(codes[rows])
+    values = [str(names[code]) for code in inside[inside >= 0]]
+    return {hashed_name(space, re.sub(r"(?<!\d)0+(?=\d)", "", value)): value for value in values}
+
+
+def _image_hashes(table: FaceTable, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield pieces of ``rows`` and a number (uint64) of the name of each row's image."""
+    for start in range(0, len(rows), _CHUNK):
+        piece = rows[start : start + _CHUNK]
+        names = table.strings("image", piece)[0]
+        yield piece, np.fromiter((_hash(name, 0, IMAGES) for name in names), np.uint64, len(piece))
+
+
+def _file_hash(table: FaceTable, row: int, number: int) -> str:
+    """Return what stands for an image file: ``HASHED``, number of its name, hash of size and end; "" without a file."""
+    [path] = table.image_paths(np.array([row]))
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:  # Names and sizes of other files may be the same, also of many.
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL))
+        content = hashlib.sha256(f"{number}/{size}/".encode() + file.read()).hexdigest()[:8]
+    return f"{HASHED}{number:016x}{content}"
+
+
+def _least_files(table: FaceTable, rows: np.ndarray) -> set[str]:
+    """Return the hashes of at most ``KNOWN`` image files in ``rows``: those with the least numbers."""
+    numbers, where = np.empty(0, np.uint64), np.empty(0, np.int64)
+    for piece, found in _image_hashes(table, rows):
+        numbers, first = np.unique(np.concatenate([numbers, found]), return_index=True)
+        where = np.concatenate([where, piece])[first][:KNOWN]
+        numbers = numbers[:KNOWN]
+    return {_file_hash(table, row, int(k)) for row, k in zip(where.tolist(), numbers, strict=True)} - {""}
+
+
+def _known_files(table: FaceTable, known: frozenset[str]) -> np.ndarray:
+    """Return the rows of a table whose image file is among ``known``, sorted."""
+    numbers = {int(one.removeprefix(HASHED)[:16], 16) for one in known if _FILE_HASH.fullmatch(one)}
+    if not numbers:
+        return np.empty(0, np.int64)
+    wanted, rows = np.array(sorted(numbers), np.uint64), []
+    for piece, found in _image_hashes(table, np.arange(len(table))):
+        met = np.isin(found, wanted)
+        for row, number in zip(piece[met].tolist(), found[met].tolist(), strict=True):
+            if _file_hash(table, row, number) in known:
+                rows.append(row)
+    return np.array(rows, np.int64)
+
+
+_FILE_HASH = re.compile(HASHED + "[0-9a-f]{24}")
 
 
 # ----------------------------------------------------------------------------------------------- checking

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from affect import export as formats
@@ -224,6 +224,79 @@ def test_people_of_the_training_stop_an_evaluation(
     assert "the metrics are over the" in printed
 
 
+def test_faces_of_the_training_stop_an_evaluation(compose: Compose, published: Path, tmp_path: Path) -> None:
+    """Nothing is written by hand: built-in faces are known again by what training and release have kept."""
+    asked = [f"checkpoint={published}", f"out={tmp_path / 'out'}", *QUIET]
+    with pytest.raises(DataError, match=r"the model was trained on \d+ values of subject.*allow_leak=true"):
+        evaluate.run(compose("evaluate", *asked, "protocol.split_seed=7"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["published", "run"])
+def test_faces_of_the_training_are_marked_where_they_are_let_pass(
+    compose: Compose, published: Path, run: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    asked = [f"checkpoint={published if kind == 'published' else run}", f"out={tmp_path / 'out'}", *QUIET]
+    for overlap in (["part=all"], ["protocol.split_seed=7"], ["protocol.test=0"], ["part=all", "dataset.count=30"]):
+        with pytest.raises(DataError, match=r"the model was trained on \d+ values of subject.*allow_leak=true"):
+            evaluate.run(compose("evaluate", *asked, *overlap))
+    evaluate.run(compose("evaluate", *asked, "dataset.seed=1", "part=all"))
+    evaluate.run(compose("evaluate", *asked))
+    assert "LEAK" not in capsys.readouterr().out
+    assert results(tmp_path / "out")["data"]["leaks"] == []
+    evaluate.run(compose("evaluate", *asked, "part=all", "allow_leak=true"))
+    assert "LEAK" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_users_table_is_known_again(
+    compose: Compose, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cv2
+    import numpy as np
+
+    monkeypatch.setattr(figures, "write_run_figures", lambda *arguments: None)
+
+    def table(folder: str, name: str, people: range, more: str = "") -> Path:
+        place = tmp_path / folder
+        place.mkdir(exist_ok=True)
+        lines = ["image,subject,expression" + (",site" if more else "")]
+        random = np.random.default_rng([*folder.encode()])
+        for person in people:
+            for k in range(3):
+                image = f"{person}_{k}.png"
+                if not (place / image).is_file():
+                    cv2.imwrite(str(place / image), random.integers(0, 255, (40, 40, 3), np.uint8))
+                lines.append(f"{image},{person},{('anger', 'fear', 'happiness')[k]}{more}")
+        (place / name).write_text("\n".join(lines) + "\n")
+        return place / name
+
+    mine = table("mine", "t.csv", range(1, 21))
+    settings = ("prepare=none", "task=[expression]", "encoder=plain_convolutions", "encoder.output=vector")
+    small = ("encoder.image_size=32", "trainer.max_epochs=1", "trainer.accelerator=cpu", "callbacks.progress=null")
+    paths = (f"paths.output={tmp_path / 'run'}", f"paths.cache={tmp_path / 'cache'}", "logger=none", *QUIET)
+    train.run(compose("train", "dataset=table", f"dataset.table={mine}", *settings, *small, *paths))
+    release_command.run(compose("release", f"run={tmp_path / 'run'}", f"out={tmp_path / 'rel'}"))
+    assert "60 of image files" not in capsys.readouterr().out, "the test part is not among them"
+    for checkpoint in ("rel", "run"):
+        own = [f"checkpoint={tmp_path / checkpoint}", f"out={tmp_path / 'out'}", "prepare=none", *QUIET]
+        if checkpoint == "rel":
+            with pytest.raises(ConfigError, match=r"add dataset=table dataset\.table=<your table>"):
+                evaluate.run(compose("evaluate", *own))
+        # The release's own test part goes on, with the table alone.
+        evaluate.run(compose("evaluate", *own, f"dataset.table={mine}"))
+        assert results(tmp_path / "out")["data"]["parts"]["test"]["rows"] < 60
+        others = ["dataset=table", f"dataset.table={table('another', 'u.csv', range(1, 9))}", "protocol=default"]
+        evaluate.run(compose("evaluate", *own, *others))
+        assert "LEAK" not in capsys.readouterr().out, "subjects that count from 1, too"
+        wider = ["dataset=table", f"dataset.table={table('mine', 't2.csv', range(1, 21), ',1')}", "protocol=default"]
+        for overlap in (wider, [f"dataset.table={mine}", "protocol.split_seed=7"]):
+            with pytest.raises(DataError, match=r"trained on \d+ values of subject .* image files among these rows"):
+                evaluate.run(compose("evaluate", *own, *overlap))
+            evaluate.run(compose("evaluate", *own, *overlap, "allow_leak=true"))
+            assert "LEAK" in capsys.readouterr().out
+
+
 def test_a_release_does_not_choose_where_it_is_written_to(compose: Compose, published: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"name": "../../outside"}, "paths are not allowed|cannot be named"),
@@ -283,6 +356,15 @@ def test_a_release_without_places_says_what_to_add(published: Path, tmp_path: Pa
     (folder / "training.json").write_text(json.dumps(training))
     with pytest.raises(ConfigError, match=r"was trained on bp4d.*add dataset=bp4d dataset\.root="):
         evaluate.run(compose("evaluate", f"checkpoint={folder}", *QUIET))
+
+
+def test_a_table_that_is_given_needs_no_folder(published: Path) -> None:
+    release = read_release(published)
+    read = {"_target_": "affect.data.layouts.table.read", "table": None, "root": None}
+    stored = OmegaConf.create({"dataset": {"name": "table", "table": None, "root": None, "read": read}})
+    evaluate.require_place(stored, OmegaConf.create({"table": "t2.csv"}), "rel", release)
+    with pytest.raises(ConfigError, match=r"add dataset=table dataset\.table=<your table>"):
+        evaluate.require_place(stored, OmegaConf.create({"root": "there"}), "rel", release)
 
 
 def test_no_text_of_a_release_needs_yaml_that_could_run(published: Path) -> None:

@@ -16,6 +16,7 @@ from affect.data.protocol import (
     assign,
     divide,
     group_codes,
+    groups_of,
     keep_classes,
     known_people,
     people_of,
@@ -611,6 +612,71 @@ def test_people_that_a_model_knows_are_named():
     assert known_people([data], everyone, {"bp4d": ["SN001"]}) == []
     (sentence,) = known_people([data], everyone, {"disfa": ["SN002", "SN009"]})
     assert sentence == "the model was trained on 1 people of disfa among these rows: SN009"
+
+
+def on_disk(folder, images, subjects=None, group="subject", **columns):
+    """A user's table; each image is a file whose content tells it from those of other folders."""
+    folder.mkdir(exist_ok=True)
+    for image in images:
+        (folder / image).write_bytes(f"{folder.name} {image}".encode())
+    named = {} if subjects is None else {"subject": list(subjects)}
+    table = FaceTable.from_columns({"image": list(images)} | named | columns, folder)
+    return Source("table", table, samples.DrawnImages(), group)
+
+
+def test_a_table_without_a_name_space_is_known_again_by_its_files_and_then_by_its_groups(tmp_path):
+    images, people = [f"{k}.png" for k in range(12)], [f"{k % 4:02d}" for k in range(12)]
+    data = on_disk(tmp_path / "mine", images, people)
+    trained = groups_of([data], [np.array([0, 1, 4])], [Protocol()])  # persons 00 and 01, not every image of theirs
+    assert set(trained) == {"image files", "subject of tables"}
+    assert [len(hashes) for hashes in trained.values()] == [3, 2]
+    assert "mine" not in str(trained)
+    assert ".png" not in str(trained)
+
+    def known(other, rows):
+        return known_people([other], [np.array(rows)], trained)
+
+    wider = on_disk(tmp_path / "mine", images, [str(int(p)) for p in people], valence=np.zeros(12, np.float32))
+    assert known(data, [2, 3, 6]) == [], "other people of the same table"
+    for same in (data, wider):
+        (groups,) = known(same, [8, 9, 2])  # the same people on images that did not train
+        assert "table: the model was trained on 2 values of subject among these rows: 0" in groups
+        assert known(same, [0, 2])[1].endswith("1 image files among these rows: 0.png")
+    anonymous = on_disk(tmp_path / "mine", images[:3])
+    assert known(anonymous, [0, 2]) == ["table: the model was trained on 1 image files among these rows: 0.png"]
+    assert known(on_disk(tmp_path / "ours", images, people), range(12)) == [], "it counts from 0, too"
+    assert groups_of([person("disfa", ["SN001"])], [np.arange(1)], [Protocol()]) == {}, "people_of has these"
+    assert "image files" not in groups_of([source()], [np.arange(60)], [Protocol()]), "drawn images are no files"
+
+
+def test_of_a_large_training_a_sample_is_kept_that_is_the_same_wherever_it_is_met(tmp_path, monkeypatch):
+    monkeypatch.setattr("affect.data.protocol.KNOWN", 8)
+    monkeypatch.setattr("affect.data.protocol._CHUNK", 7)
+    data = on_disk(tmp_path / "many", [f"{k:03d}.png" for k in range(100)], group="image")
+    everything, half = (groups_of([data], [rows], [Protocol()]) for rows in (np.arange(100), np.arange(50)))
+    assert list(everything) == ["image files"]
+    assert len(everything["image files"]) == len(half["image files"]) == 8
+    (said,) = known_people([data], [np.arange(100)], everything)
+    assert "trained on 8 image files" in said
+    assert known_people([data], [np.arange(50, 100)], half) == []
+
+
+def test_drawn_people_are_those_of_the_generators_seed():
+    from affect.data.faces import FaceDials
+    from affect.data.layouts import faces
+
+    def drawn(seed, subjects, count=60, group="subject"):
+        return Source("faces", faces.read(FaceDials(subjects=subjects), seed, count), samples.DrawnImages(), group)
+
+    first = drawn(0, 12)
+    chosen = [np.flatnonzero(first.table.strings("subject")[0] == "subject03")]
+    trained = groups_of([first], chosen, [Protocol()])
+    assert {space: len(hashes) for space, hashes in trained.items()} == {"faces-0": 1}
+    for same in (first, drawn(0, 12, 80), drawn(0, 100, 1000)):
+        (said,) = known_people([same], [np.arange(len(same.table))], trained)
+        assert "trained on 1 values of subject among these rows: subject" in said
+    assert known_people([drawn(1, 12)], [np.arange(60)], trained) == [], "another seed draws other people"
+    assert groups_of([first], chosen, [Protocol(group="image")]) == {}, "split by image, they are in all parts"
 
 
 def test_parts_of_another_division_under_the_same_names_are_refused():

@@ -56,6 +56,7 @@ def shifted_faces(
     joined = pa.concat_tables(plain).combine_chunks().append_column("part", parts)
     metadata = {
         "dataset": "shifted_faces",
+        "identities": f"faces-{seed}",
         "expressions": list(EXPRESSION_ORDERS["faces"]),
         "label_source": "parameters of drawn faces; never a result on people",
     }

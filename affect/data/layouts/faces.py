@@ -29,6 +29,7 @@ def read(dials: FaceDials, seed: int = 0, count: int = 6000, clean: bool = False
     """
     metadata = {
         "dataset": "faces",
+        "identities": f"faces-{seed}",  # a person is a function of seed and number, whatever the dials
         "expressions": list(EXPRESSION_ORDERS["faces"]),
         "label_source": "parameters of drawn faces; never a result on people",
     }
