@@ -239,6 +239,13 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
         if chain.floats is None and transform.stage not in KEEPING:
             chain.floats = copy.deepcopy(network)
         others = other_layers(network)
+        told = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:3])
+        told += f" and {len(others) - 3} more" if len(others) > 3 else ""
+        if transform.stage in CODING and not quantizable(network, getattr(transform, "protect", ())):
+            raise ConfigError(
+                f"compression={transform.name}: no layer that it could act on: codes take the place of plain "
+                f"convolutions and linear layers that are not protected{f'; there are {told}' if told else ''}"
+            )
         try:
             report = transform(network, data)
             network.eval()
@@ -250,13 +257,6 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
                 f"{place}: the module around it reads its weight, which {transform.name} made codes; leave it out: "
                 f"compression.{transform.name}.protect=[{place}]"
             ) from error
-        told = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:3])
-        told += f" and {len(others) - 3} more" if len(others) > 3 else ""
-        if transform.stage in CODING and not report.layers:
-            raise ConfigError(
-                f"compression={transform.name}: no layer that it could act on: codes take the place of plain "
-                f"convolutions and linear layers that are not protected{f'; there are {told}' if told else ''}"
-            )
         if transform.stage == "weights" and others:
             report.notes.append(f"{len(others)} layers of other kinds keep their floats: {told}")
         chain.reports.append(report)
