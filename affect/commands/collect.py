@@ -29,7 +29,7 @@ from affect.commands.starting_point import EARLIER, earlier_weights
 from affect.data.protocol import part_name
 from affect.data.table import FaceTable
 from affect.errors import ConfigError, DataError, near
-from affect.files import replacing
+from affect.files import replacing, require_writable
 from affect.metrics.base import AdditiveMetric, Metric
 from affect.metrics.bootstrap import draws, group_index, percentile_intervals
 from affect.metrics.evaluate import FEWEST_GROUPS
@@ -96,6 +96,9 @@ def run(config: Any) -> None:  # noqa: ANN401
         )
     if config.part not in ("test", "validation"):
         raise ConfigError(f"part={config.part}: write test or validation")
+    for key in ("resamples", "digits"):
+        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 0:
+            raise ConfigError(f"{key}={config[key]}: give a whole number, 0 or more")
     by = [config.by] if isinstance(config.by, str) else [str(key) for key in config.by or ()]
     settings, search = read_settings(folder, by)
     for setting in settings.values():
@@ -103,6 +106,7 @@ def run(config: Any) -> None:  # noqa: ANN401
     if config.baseline not in (None, "all", *settings):
         raise ConfigError(f"baseline={config.baseline}: {near(str(config.baseline), [*settings, 'all'])}")
     out = Path(config.out).expanduser() if config.out else folder / "collect"
+    require_writable(out)
     collected = collect(settings, config, search)
     write(out, collected, config, folder)
     show(console, collected, config)
@@ -324,7 +328,7 @@ class Part:
 
 
 def read_parts(run: Run, part: str, trust: Sequence[str] = ()) -> dict[str, list[Part]]:
-    """Return for each task what the predictions of a run say about each of its metrics.
+    """Return for each task what the predictions of a run say about each of its metrics; nothing without a label.
 
     Raises:
         DataError: If the run has no predictions on the part.
@@ -348,6 +352,7 @@ def read_parts(run: Run, part: str, trust: Sequence[str] = ()) -> dict[str, list
         encoded = encode_truth(table, task)
         labelled = np.flatnonzero(encoded.mask.any(1))
         if not len(labelled):
+            parts[name] = []
             continue
         values, target, mask = (
             torch.from_numpy(np.asarray(array)[labelled])
@@ -462,11 +467,17 @@ def collect(settings: Mapping[str, Setting], config: Any, search: bool = False) 
     if not usable:
         raise DataError("no seed has all test parts: " + "; ".join(report.left_text(found.left)))
     found.notes += [note for name in usable for note in _notes(settings[name])]
+    every = {fold for name in usable for fold in settings[name].folds}
+    for name in usable:
+        if every - set(settings[name].folds):
+            found.notes.append(f"{name}: test part {', '.join(settings[name].folds)} only, others have more")
     datasets: dict[str, list[str]] = {}
     for name in usable:
         datasets.setdefault(str(next(iter(settings[name].runs.values())).results["dataset"]), []).append(name)
     for dataset, names in datasets.items():
         _collect_dataset(found, dataset, names, settings, whole, read, config, search)
+    if not found.tables:
+        raise DataError("no task has labels in all test parts of a setting: " + "; ".join(found.notes[-3:]))
     return found
 
 
@@ -510,7 +521,11 @@ def _collect_dataset(
         notes: dict[str, list[str]] = {}
         for name in names:
             own, seeds = settings[name].folds, list(whole[name])
-            if any(task not in read[name][seed, fold] for seed in seeds for fold in own):
+            lacking = [(seed, fold) for seed in seeds for fold in own if not read[name][seed, fold].get(task)]
+            if lacking:
+                where = ", ".join(f"test part {fold} of seed {seed}" for seed, fold in lacking[:3])
+                more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+                found.notes.append(f"{name}: left out of {task}: no labels of it in {where}{more}")
                 continue
             scores: dict[tuple[int, str], dict[str, float]] = {}
             classes: dict[str, tuple[str, ...]] = {}
@@ -552,6 +567,8 @@ def _collect_dataset(
             found.cells[label] = {name: {s: v.get(main) for s, v in rows[name][0].items()} for name in rows}
         if search:
             continue
+        if rows and config.baseline not in (None, "all", *rows):
+            found.notes.append(f"{task}: baseline={config.baseline} has no row there, so nothing is compared")
         for first, second in _pairs(list(rows), config.baseline):
             found.comparisons += _compare(first, second, dataset, task, settings, whole, read, pools, groups, config)
     if search and len(names) > 1:
@@ -576,8 +593,8 @@ def _overlap(parts: Sequence[Part]) -> str:
 def _pairs(names: Sequence[str], baseline: str | None) -> list[tuple[str, str]]:
     if baseline == "all":
         return [(b, a) for i, a in enumerate(names) for b in names[i + 1 :]]
-    chosen = baseline if baseline in names else names[0] if names else None
-    return [(name, chosen) for name in names if name != chosen and chosen is not None]
+    chosen = next(iter(names), None) if baseline is None else baseline
+    return [(name, chosen) for name in names if name != chosen and chosen is not None and chosen in names]
 
 
 def _compare(

@@ -398,3 +398,48 @@ def test_bad_input(sweep, tmp_path):
         collected(sweep, "by=[optimizer.rl]")
     with pytest.raises(DataError, match="validation"):
         collected(sweep, "part=validation")
+
+
+def without_labels(run):
+    path = run / "predictions" / "test.parquet"
+    table = FaceTable.read_parquet(path)
+    nothing = (np.zeros(len(table), np.float32), np.zeros(len(table), bool))
+    missing = {name: nothing for name in table.names if name.startswith("target_")}
+    table.with_columns(missing).to_parquet(path)
+
+
+def test_a_setting_without_labels_in_a_test_part_is_left_out_by_name(sweep, capsys):
+    without_labels(sweep / "3")
+    found = collected(sweep)
+    told = "0.001: left out of au: no labels of it in test part 0 of seed 2"
+    assert told in found["notes"]
+    assert {row["name"] for table in found["tables"] for row in table["rows"]} == {"0.01"}
+    assert told in " ".join(capsys.readouterr().out.split())
+    for run in sweep.glob("[0-9]*"):
+        without_labels(run)
+    with pytest.raises(DataError, match=r"no task has labels in all test parts of a setting: .*0\.01: left out of au"):
+        collected(sweep)
+
+
+@pytest.mark.parametrize("override", ["digits=-1", "resamples=-5", "out=/proc/nowhere"])
+def test_numbers_and_places_are_checked_before_anything_is_read(override, sweep):
+    with pytest.raises(ConfigError, match="give a whole number, 0 or more|cannot be written to"):
+        collected(sweep, override)
+
+
+def test_a_baseline_whose_seeds_are_left_out_is_not_replaced(sweep):
+    for seed in range(3):
+        shutil.rmtree(sweep / str(3 * seed))
+    found = collected(sweep, "baseline='0.001'")
+    assert found["comparisons"] == []
+    assert "au: baseline=0.001 has no row there, so nothing is compared" in found["notes"]
+
+
+def test_settings_with_fewer_test_parts_say_so(sweep):
+    (sweep / "sweep.json").unlink()
+    for number in range(9):
+        if number % 3:
+            shutil.rmtree(sweep / str(number))
+    found = collected(sweep, "by=[optimizer.lr]")
+    assert "optimizer.lr=0.001: test part 0 only, others have more" in found["notes"]
+    assert not any(note.startswith("optimizer.lr=0.01: test part") for note in found["notes"])
