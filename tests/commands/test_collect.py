@@ -423,7 +423,7 @@ def test_a_setting_without_labels_in_a_test_part_is_left_out_by_name(sweep, caps
 
 @pytest.mark.parametrize("override", ["digits=-1", "resamples=-5", "out=/proc/nowhere"])
 def test_numbers_and_places_are_checked_before_anything_is_read(override, sweep):
-    with pytest.raises(ConfigError, match="give a whole number, 0 or more|cannot be written to"):
+    with pytest.raises(ConfigError, match=r"give a whole number, 0 or more|cannot be written to"):
         collected(sweep, override)
 
 
