@@ -18,7 +18,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from affect.compression.layers import CodesReadError, CompressedConv2d, CompressedLinear
-from affect.compression.report import Report
+from affect.compression.report import Report, measure
 from affect.errors import ConfigError
 
 __all__ = [
@@ -259,6 +259,7 @@ def run_chain(network: nn.Module, transforms: Sequence[Transform], data: Data, i
             ) from error
         if transform.stage == "weights" and others:
             report.notes.append(f"{len(others)} layers of other kinds keep their floats: {told}")
+        measure(report, network, images[:1])
         chain.reports.append(report)
         chain.errors.append(report.error)
     return chain

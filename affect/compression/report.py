@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from affect.compression.layers import CompressedConv2d, CompressedLinear
+from affect.compression.stored import ResidualWeight
 
 __all__ = ["LayerRecord", "Report", "count_macs", "signal_to_noise", "stored_size"]
 
@@ -30,6 +31,9 @@ class LayerRecord:
         bytes_before: Bytes of weight and bias before.
         bytes_after: Bytes of them in a file afterwards.
         note: Anything else, in words.
+        scales: Shape of the numbers that scale a stored weight's codes; None without such.
+        parameters: Numbers of weight and bias that the layer multiplies by and adds; None where it is gone.
+        macs: Multiplications of one image; None for layers that multiply by no weight.
     """
 
     name: str
@@ -40,6 +44,9 @@ class LayerRecord:
     bytes_before: int | None = None
     bytes_after: int | None = None
     note: str = ""
+    scales: list[int] | None = None
+    parameters: int | None = None
+    macs: int | None = None
 
 
 @dataclass
@@ -109,13 +116,44 @@ def count_macs(network: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     return found
 
 
+def measure(report: Report, network: nn.Module, image: Tensor) -> None:
+    """Write into a report what its layers are now: scales, parameters and multiplications.
+
+    Args:
+        report: Of the last transform.
+        network: What it left.
+        image: One normalised image ``(1, 3, H, W)``.
+    """
+    macs = count_macs(network, lambda: network(image))
+    layers = dict(network.named_modules())
+    for record in report.layers:
+        layer = layers.get(record.name)
+        if layer is None or record.name not in macs:
+            continue
+        compressed = isinstance(layer, CompressedConv2d | CompressedLinear)
+        weight = layer.current_weight() if compressed else layer.weight  # type: ignore[operator]
+        bias = getattr(layer, "bias", None)
+        stored = getattr(layer, "stored", None)
+        grid = stored.orders[0] if isinstance(stored, ResidualWeight) else stored
+        scale = getattr(grid, "largest", getattr(grid, "scale", None))
+        record.macs = macs[record.name]
+        record.parameters = weight.numel() + (0 if bias is None else bias.numel())  # type: ignore[union-attr, operator]
+        record.scales = None if scale is None else list(scale.shape)
+
+
 def table(reports: Sequence[Report]) -> str:
     """Return the records of all layers as Markdown."""
-    lines = ["| layer | method | bits | inputs | dB | bytes | note |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| layer | method | bits | inputs | scales | dB | bytes | parameters | MACs | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for report in reports:
         for record in report.layers:
             noise = "" if record.signal_to_noise is None else f"{record.signal_to_noise:.1f}"
             size = "" if record.bytes_after is None else f"{record.bytes_before} → {record.bytes_after}"
             bits = ["" if number is None else str(number) for number in (record.bits, record.input_bits)]
-            lines.append(f"| {record.name} | {record.method} | {' | '.join(bits)} | {noise} | {size} | {record.note} |")
+            scales = "" if record.scales is None else " x ".join(map(str, record.scales))
+            counts = ["" if number is None else str(number) for number in (record.parameters, record.macs)]
+            cells = [record.name, record.method, *bits, scales, noise, size, *counts, record.note]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

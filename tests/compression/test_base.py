@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from affect.compression.base import Data, Transform, backbone, quantizable, run_
 from affect.compression.codebooks import JLCM
 from affect.compression.power import PowerQuantization
 from affect.compression.red import RED
-from affect.compression.report import Report
+from affect.compression.report import Report, table
 from affect.compression.residual import ResidualExpansion
 from affect.compression.rounding import AdaRound
 from affect.compression.safer import SAfER
@@ -196,3 +197,21 @@ def test_a_network_without_a_layer_for_codes_is_refused(method: Any) -> None:
     network = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     with pytest.raises(ConfigError, match=r"no layer that it could act on.*; there are 0 \(ConvTranspose2d\)"):
         run(network, method)
+
+
+def test_records_say_what_a_layer_is_afterwards() -> None:
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, 2, bias=False)), nn.Flatten(), nn.Linear(54, 5)
+    )
+    for method, scales in (
+        (UniformQuantization(bits=4), [[4], [6], [5]]),
+        (UniformQuantization(bits=4, per_channel=False), [[1], [1], [1]]),
+        (ResidualExpansion(bits=4, orders=2), [[4], [6], [5]]),
+    ):
+        report = run(copy.deepcopy(network), method)
+        assert [record.scales for record in report.layers] == scales
+        assert [record.parameters for record in report.layers] == [3 * 4 * 9 + 4, 4 * 6 * 9, 54 * 5 + 5]
+        assert [record.macs for record in report.layers] == [3 * 4 * 9 * 64, 4 * 6 * 9 * 9, 54 * 5]
+        rows = [line.split(" | ") for line in table([report]).splitlines()]
+        assert rows[2][4] == " x ".join(map(str, scales[0]))
+        assert rows[2][7:9] == ["112", "6912"]
