@@ -98,7 +98,7 @@ def test_one_training_serves_all_arms_of_a_seed(tmp_path: Path, monkeypatch: pyt
         given.append((folder, overrides, seconds))
         scores = [("au", "f1/mean"), ("expression", "accuracy"), ("valence_arousal", "ccc/mean")]
         records = [{"task": task, "name": name, "value": 0.5} for task, name in scores]
-        findings = {"kilobytes": 100.0 + len(given), "million_macs": 2.0, "time": 0.8}
+        findings = {"kilobytes": 100.0 + len(given), "file_kilobytes": 300.0, "million_macs": 2.0, "time": 0.8}
         write_json(folder / RESULTS, {"metrics": {"test": records}, "findings": findings})
 
     monkeypatch.setattr(train, "train", train_nothing)
