@@ -104,8 +104,8 @@ def tables(tmp_path: Path) -> dict[str, Path]:
     generator = np.random.default_rng(0)
     folder = tmp_path / "images"
     folder.mkdir()
-    names = [f"{k}.png" for k in range(24)]
-    for name in names:
+    names, others = ([f"{prefix}{k}.png" for k in range(24)] for prefix in ("", "c"))
+    for name in (*names, *others):  # of other people: whoever trains on both may test on neither's training
         cv2.imwrite(str(folder / name), generator.integers(0, 256, (32, 32, 3), np.uint8))
     people = [f"s{k // 2:02d}" for k in range(24)]
     units = {f"au{au:02d}_occurrence": np.float32(generator.random(24) < 0.5) for au in (1, 12)}
@@ -114,7 +114,7 @@ def tables(tmp_path: Path) -> dict[str, Path]:
     few = ("happiness", "neutral")
     part = ["held" if k >= 16 else "train" for k in range(24)]
     second = {
-        "image": names, "subject": [f"t{k // 2:02d}" for k in range(24)], "part": part,
+        "image": others, "subject": [f"t{k // 2:02d}" for k in range(24)], "part": part,
         "expression": [few[k % 2] for k in range(24)],
     }  # fmt: skip
     FaceTable.from_columns(first, folder).to_csv(folder / "units.csv")
