@@ -28,7 +28,7 @@ from affect.commands.run_folder import CONTENTS, RESULTS, differing, held_config
 from affect.commands.starting_point import EARLIER, earlier_weights
 from affect.data.protocol import part_name
 from affect.data.table import FaceTable
-from affect.errors import ConfigError, DataError, near
+from affect.errors import AffectError, ConfigError, DataError, near
 from affect.files import replacing, require_writable
 from affect.metrics.base import AdditiveMetric, Metric
 from affect.metrics.bootstrap import draws, group_index, percentile_intervals
@@ -128,9 +128,13 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
     """
     data = sweeps.read_sweep(folder)
     settings: dict[str, Setting] = {}
-    there = [(path, job, (path / RESULTS).is_file()) for path, job in _folders(folder, data)]
-    missing = [(path, job) for path, job, finished in there if not finished]
-    read = [(path, job, read_json(path / RESULTS)) for path, job, finished in there if finished]
+    missing, read = [], []
+    for path, job in _folders(folder, data):
+        results, reason = _results(path, job)
+        if results is None:
+            missing.append((path, job, reason))
+        else:
+            read.append((path, job, results))
     # What an experiment did to a trained model, compression e.g., has results and a release, too, but is no training.
     found = [(path, job, results) for path, job, results in read if "config" in results]
     for key in by if found else ():
@@ -149,8 +153,8 @@ def read_settings(folder: Path, by: Sequence[str] = ()) -> tuple[dict[str, Setti
                 "by=[key] tells settings apart"
             )
         setting.runs[seed, fold] = Run(path, name, seed, fold, results)
-    for path, job in missing:
-        _expect_missing(settings, path, job, by)
+    for path, job, reason in missing:
+        _expect_missing(settings, path, job, by, reason)
     for setting in settings.values():
         setting.seeds.sort()
         setting.folds.sort(key=lambda fold: (int(fold) if fold.isdecimal() else -1, fold))
@@ -183,7 +187,19 @@ def _begun(folder: Path) -> dict[str, Any] | None:
     return {"config": plain, "seed": plain["seed"], "name": plain["name"], "dataset": plain["dataset"]["name"]}
 
 
-def _expect_missing(settings: dict[str, Setting], path: Path, job: Mapping[str, Any] | None, by: Sequence[str]) -> None:
+def _results(path: Path, job: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """Return the results of a run; None and why where it has none that can be read."""
+    if not (path / RESULTS).is_file():
+        return None, _reason(path, job)
+    try:
+        return read_json(path / RESULTS), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _expect_missing(
+    settings: dict[str, Setting], path: Path, job: Mapping[str, Any] | None, by: Sequence[str], reason: str
+) -> None:
     """Note a run that is not finished in its setting, or, where nothing tells which that is, in each that lacks it."""
     begun = _begun(path)
     varied = dict(job["varied"]) if job else {}
@@ -198,7 +214,7 @@ def _expect_missing(settings: dict[str, Setting], path: Path, job: Mapping[str, 
         for missing in itertools.product(seeds, folds):
             if missing not in setting.runs:
                 setting.expect(*missing)
-                setting.reasons[missing] = _reason(path, job)
+                setting.reasons[missing] = reason
 
 
 def _given_fold(settings: Mapping[str, str]) -> str | None:
@@ -454,15 +470,8 @@ def collect(settings: Mapping[str, Setting], config: Any, search: bool = False) 
     total = sum(len(setting.runs) for setting in settings.values())
     with tqdm(total=total, desc="reading predictions", leave=False, unit="run") as bar:
         for name, setting in settings.items():
-            whole[name], left = report.complete_seeds(
-                {key: {} for key in setting.runs}, setting.seeds, setting.folds, name, setting.reasons
-            )
+            whole[name], read[name], left = _read_setting(setting, config, bar)
             found.left += left
-            read[name] = {}
-            for key, run in setting.runs.items():
-                bar.update()
-                if key[0] in whole[name]:
-                    read[name][key] = read_parts(run, config.part, list(config.trust))
     usable = [name for name in settings if whole[name]]
     if not usable:
         raise DataError("no seed has all test parts: " + "; ".join(report.left_text(found.left)))
@@ -479,6 +488,30 @@ def collect(settings: Mapping[str, Setting], config: Any, search: bool = False) 
     if not found.tables:
         raise DataError("no task has labels in all test parts of a setting: " + "; ".join(found.notes[-3:]))
     return found
+
+
+def _read_setting(
+    setting: Setting,
+    config: Any,  # noqa: ANN401
+    bar: tqdm,
+) -> tuple[list[int], dict[tuple[int, str], dict[str, list[Part]]], list[report.Left]]:
+    """Return the seeds of a setting that have every test part, what their runs say, and what is left out and why."""
+    read: dict[tuple[int, str], dict[str, list[Part]]] = {}
+    reasons = dict(setting.reasons)
+    there: dict[tuple[int, str], Mapping[str, float]] = {key: {} for key in setting.runs}
+    whole, _ = report.complete_seeds(there, setting.seeds, setting.folds, setting.name, reasons)
+    for key, run in setting.runs.items():
+        bar.update()
+        if key[0] not in whole:
+            continue
+        try:
+            read[key] = read_parts(run, config.part, list(config.trust))
+        except AffectError as error:
+            # One damaged run must not take the others with it.
+            reasons[key] = str(error)
+            del there[key]
+    whole, left = report.complete_seeds(there, setting.seeds, setting.folds, setting.name, reasons)
+    return whole, {key: parts for key, parts in read.items() if key[0] in whole}, left
 
 
 def _notes(setting: Setting) -> list[str]:

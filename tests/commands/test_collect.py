@@ -200,6 +200,33 @@ def test_a_seed_with_a_missing_fold_is_left_out_and_named(sweep, capsys):
     assert "seed 2 is left out" in (sweep / "collect" / "tables.md").read_text()
 
 
+DAMAGE = {
+    "results": (lambda run: (run / "results.json").write_text('{"name": '), "not JSON"),
+    "no predictions": (lambda run: (run / "predictions" / "test.parquet").unlink(), "no predictions on the test part"),
+    "predictions": (lambda run: (run / "predictions" / "test.parquet").write_bytes(b"PAR1"), "is not a Parquet file"),
+    "config": (lambda run: (run / "release" / "config.yaml").unlink(), "no config.yaml in it"),
+    "labels": (lambda run: (run / "release" / "labels.json").write_text("{}"), "labels.json"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_run_is_left_out_and_named_and_the_others_are_read(sweep, kind):
+    damage, reason = DAMAGE[kind]
+    damage(sweep / "4")  # 0.001, seed 2, fold 1
+    told = collected(sweep)
+    (left,) = told["left_out"]
+    assert (left["setting"], left["seed"], left["fold"]) == ("0.001", 2, "1")
+    assert reason in left["reason"]
+    assert str(sweep / "4") in left["reason"]
+    found, seeds = cells(told, "0.001")
+    each = by_hand(0.0)[0][[0, 2]].mean((1, 2))
+    assert seeds == 2
+    assert found["mean"]["mean"] == pytest.approx(each.mean())
+    assert cells(told, "0.01")[1] == 3
+    with (sweep / "collect" / "scores.csv").open() as file:
+        assert ("0.001", "2") not in {(row["setting"], row["seed"]) for row in csv.DictReader(file)}
+
+
 def change(folder, **changes):
     results = read_json(folder / "results.json")
     config = OmegaConf.create(results["config"])
