@@ -468,7 +468,7 @@ class JLCM:
         for name, layer in layers.items():
             if getattr(layer, "stored", None) is not None:
                 raise ConfigError(f"compression.{self.name}: {name} has codes already; leave out the method before")
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         keys = ("bits", "groups", "variant", "gradient", "absorb")
         report = Report(self.name, {k: getattr(self, k) for k in keys} | {"steps": self.learning.steps})
         ordered: dict[str, list[int]] = {}

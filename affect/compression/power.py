@@ -363,14 +363,14 @@ class PowerQuantization:
         """Search the exponent and round every convolution and linear layer."""
         layers = quantizable(network, self.protect)
         require_floats(layers, self.name)
-        bits = bits_by_layer(layers, self.bits, self.edge_bits)
+        bits = bits_by_layer(network, layers, self.bits, self.edge_bits)
         weights = {name: current_weight(layer) for name, layer in layers.items()}
         exponents = self.exponents(weights, bits)
         settings = {"bits": self.bits, "input_bits": self.input_bits, "edge_bits": self.edge_bits}
         report = Report(self.name, {**settings, "exponent": self.exponent, "search": self.search})
         input_bits: dict[str, int] = {}
         if self.input_bits is not None:
-            input_bits = bits_by_layer(layers, self.input_bits, self.edge_bits)
+            input_bits = bits_by_layer(network, layers, self.input_bits, self.edge_bits)
             if self.input_exponent is not None or self.search == "network" or self.exponent is not None:
                 shared = self.input_exponent if self.input_exponent is not None else next(iter(exponents.values()), 1.0)
                 put_measured_inputs(network, list(layers), data.images, input_bits, float(shared))

@@ -484,7 +484,7 @@ class RED:
                 f"{len(norms)} batch norms are not folded, {norms[0]} the first: channels are the same only if norms "
                 f"are; put bn_folding before {self.name}"
             )
-        edges = set() if self.edges else edge_layers(layers)
+        edges = set() if self.edges else edge_layers(network, layers)
         found = {name: self._hash(layer, name not in edges) for name, layer in layers.items()}
         before = sum(count_macs(network, lambda: network(example[:1])).values())
         merged = self._merge(network, example)

@@ -337,14 +337,14 @@ class ResidualExpansion:
     def __call__(self, network: nn.Module, data: Data) -> Report:
         """Expand every convolution and linear layer but the edges."""
         layers = quantizable(network, self.protect)
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         settings = {key: getattr(self, key) for key in ("bits", "orders", "share", "budget", "input_orders")}
         report = Report(self.name, {**settings, "input_bits": self.input_bits, "edge_bits": self.edge_bits})
         inner = [name for name in layers if name not in edges]
         shares = dict(zip(inner, layer_shares(len(inner), self.share, self.budget), strict=True))
         input_bits: Mapping[str, int] = {}
         if self.input_bits is not None:
-            input_bits = bits_by_layer(layers, self.input_bits, self.edge_bits)
+            input_bits = bits_by_layer(network, layers, self.input_bits, self.edge_bits)
             put_measured_inputs(network, inner, data.images, input_bits, orders=self.input_orders)
             put_measured_inputs(network, [n for n in layers if n in edges], data.images, input_bits)
         for name in layers:

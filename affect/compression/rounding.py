@@ -563,7 +563,7 @@ class GradientRounding:
             raise ConfigError(
                 f"compression.{self.name}.layer_bits.{unknown[0]}: no such layer; {near(unknown[0], layers)}"
             )
-        bits = bits_by_layer(layers, self.bits, self.edge_bits) | self.layer_bits
+        bits = bits_by_layer(network, layers, self.bits, self.edge_bits) | self.layer_bits
         fresh = {}
         for name in layers:
             layer = compressed_layer(network, name)

@@ -498,7 +498,7 @@ class SAfER:
         """Measure, share the budget out, and round every layer."""
         layers = quantizable(network, self.protect)
         self._check(layers)
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         free = {name: layer for name, layer in layers.items() if name not in edges}
         report = Report(
             self.name,

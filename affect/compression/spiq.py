@@ -329,7 +329,7 @@ class SPIQ:
         if data.example is None:
             raise ConfigError(f"compression={self.name} needs images of the size that the network is used with")
         layers = quantizable(network, self.protect)
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         bits = {name: int(self.edge_bits or 8) if name in edges else self.input_bits for name in layers}
         graph = record(network, data.example)
         self.ranges, self.lost = {}, {}

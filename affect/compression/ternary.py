@@ -203,12 +203,12 @@ class _Ternary:
         """Make every convolution and linear layer ternary but the edges, and train them so if asked for."""
         layers = quantizable(network, self.protect)
         require_floats(layers, self.name)
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         weights = {name: current_weight(layer) for name, layer in layers.items()}
         report = Report(self.name, self.settings())
         input_bits: dict[str, int] = {}
         if self.input_bits is not None:
-            input_bits = bits_by_layer(layers, self.input_bits, self.edge_bits)
+            input_bits = bits_by_layer(network, layers, self.input_bits, self.edge_bits)
             put_measured_inputs(network, list(layers), data.images, input_bits)
         learners = self._trained(network, data, [name for name in layers if name not in edges]) if self.steps else {}
         for name, weight in weights.items():

@@ -8,7 +8,7 @@ lie on a static grid whose range is measured on images of the training part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -168,15 +168,18 @@ def input_ranges(
     return found
 
 
-def edge_layers(layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the first and the last of layers in the order of the network, which usually keep more bits."""
-    names = list(layers)
-    return {names[0], names[-1]} if names else set()
+def edge_layers(network: nn.Module, layers: Iterable[str]) -> set[str]:
+    """Return which of ``layers`` are the network's first and last, which usually keep more bits.
+
+    A protected layer stays the first or last one: the next does not take its place.
+    """
+    names = list(quantizable(network))
+    return {names[0], names[-1]} & set(layers) if names else set()
 
 
-def bits_by_layer(layers: Mapping[str, nn.Module], bits: int, edge_bits: int | None) -> dict[str, int]:
-    """Return the bits of each layer: ``edge_bits`` for the first and last one unless that is None."""
-    edges = set() if edge_bits is None else edge_layers(layers)
+def bits_by_layer(network: nn.Module, layers: Iterable[str], bits: int, edge_bits: int | None) -> dict[str, int]:
+    """Return the bits of each of ``layers``: ``edge_bits`` for the network's first and last unless that is None."""
+    edges = set() if edge_bits is None else edge_layers(network, layers)
     return {name: int(edge_bits) if name in edges and edge_bits is not None else int(bits) for name in layers}
 
 
@@ -237,7 +240,7 @@ class UniformQuantization:
         """Round every convolution and linear layer."""
         layers = quantizable(network, self.protect)
         require_floats(layers, self.name)
-        edges = edge_layers(layers) if self.edge_bits is not None else set()
+        edges = edge_layers(network, layers) if self.edge_bits is not None else set()
         ranges = input_ranges(network, list(layers), data.images) if self.input_bits is not None else {}
         report = Report(self.name, {"bits": self.bits, "input_bits": self.input_bits, "edge_bits": self.edge_bits})
         for name, layer in layers.items():

@@ -49,6 +49,24 @@ def test_encoders_without_layers_are_refused() -> None:
         backbone(nn.ReLU())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda protect: UniformQuantization(4, protect=protect), lambda protect: PowerQuantization(4, protect=protect),
+        lambda protect: AdaRound(4, steps=1, protect=protect), lambda protect: SupportQuantization(protect=protect),
+        lambda protect: ResidualExpansion(4, protect=protect), lambda protect: JLCM(4, steps=0, protect=protect),
+    ],
+)  # fmt: skip
+def test_a_protected_layer_stays_the_first_and_does_not_pass_its_bits_on(method: Any) -> None:
+    torch.manual_seed(0)
+    network, images = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))).eval(), [torch.randn(8, 4)]
+    (report,) = run_chain(network, [method(["0"])], Data(images, example=images[0]), images[0]).reports
+    bits = {record.name: record.bits for record in report.layers}
+    assert list(bits) == ["1", "2", "3"]
+    assert bits["1"] == bits["2"] != 8
+    assert bits["3"] == 8
+
+
 class Weighted(nn.Linear):
     """Multiplies by something else than its weight."""
 
