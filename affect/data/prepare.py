@@ -672,7 +672,11 @@ def merge(work: Work, units: Sequence[Unit], read: Mapping[str, Any], code: str 
         "code": _digest(code),
     }
     table = table.with_metadata(delivered=delivered, synthetic=is_synthetic(work.table.root))
-    return table.save(table_path(work.folder, read))
+    target = table_path(work.folder, read)
+    with alone(target):  # so that what lies there unfinished is no other process's
+        for leftover in work.folder.glob(f".{target.stem}.*.part{target.suffix}"):
+            leftover.unlink(missing_ok=True)
+        return table.save(target)
 
 
 def _clean(folder: Path, done: Container[str]) -> None:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from affect import files
 from affect.data import faces, placing, prepare
 from affect.data.archives import ShardImages, VideoImages
 from affect.data.check import SYNTHETIC, require_expected
@@ -510,6 +511,14 @@ def killed_in(place, table, folder, store):
         prepare._write_ipc = half
     elif place == "table":
         FaceTable._with_schema_metadata = kill_when_called
+    elif place == "written table":
+        described = FaceTable._with_schema_metadata
+
+        def last(table, path):
+            files.os.fsync = kill_when_called
+            return described(table, path)
+
+        FaceTable._with_schema_metadata = last
     else:
         finder = functools.partial(Killed, place, str(folder.parent / f"killed{place}"))
     prepared(table, folder, finder=finder, store=store)
@@ -518,10 +527,11 @@ def killed_in(place, table, folder, store):
 @pytest.mark.parametrize("store", ["files", "shards"])
 def test_killed_at_any_point_and_run_again_the_bytes_are_the_same(photographs, tmp_path, store):
     prepared(photographs, tmp_path / "whole", store=store)
-    for place in (1, 6, 13, "unit", "table"):
+    for place in (1, 6, 13, "unit", "table", "written table"):
         code = forked(killed_in, place, photographs, tmp_path / "cut", store)
         assert code == -signal.SIGKILL, place
-        assert not list((tmp_path / "cut").rglob("table-*"))
+        assert not list((tmp_path / "cut").rglob("table-*.arrow"))
+    assert list((tmp_path / "cut").rglob(".table-*.part.arrow"))
     prepared(photographs, tmp_path / "cut", store=store)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
