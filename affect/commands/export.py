@@ -60,9 +60,10 @@ def run(config: DictConfig) -> None:
     texts = describe(release, form)
     note = f"{texts['labels']} of RGB uint8 faces, {size} px; affect export format={form}"
     # Quantization that a training learnt becomes part of the graph; the model itself is compared, as it was trained.
-    ready = finished(module)
-    # Codes of a compressed model are decoded once: the graph holds the weights that they stand for.
-    ready = baked(ready) if COMPRESSION in release.config else ready
+    whole = finished(module)
+    # The graph of a compressed model is captured with the weights that its codes stand for.
+    compressed = COMPRESSION in release.config
+    ready = baked(whole) if compressed else whole
     learnt = module.quantization is not None and module.quantization.activations is not None
     if learnt and form == export.ONNX:
         raise ConfigError(
@@ -79,6 +80,8 @@ def run(config: DictConfig) -> None:
             console.print(told, highlight=False, markup=False)
             reduced = config.calibration.reduce_range
             content = export.quantize(plain, batches, reduced, export.nodes_outside(plain, encoder_names(module)))
+        if form == export.ONNX and compressed and config.codes:
+            content = put_codes(content, whole, console)
         content = export.with_metadata(content, texts, note)
         found = export.program_values(content, tasks, image)
     # An input at the edge of two levels goes to either, so single values may differ wherever inputs are rounded.
@@ -99,6 +102,27 @@ def run(config: DictConfig) -> None:
         say_speed(console, plain, content, size, config, learnt)
     if form != export.TORCH:
         console.print(f"evaluate it: affect evaluate checkpoint={out}", markup=False, soft_wrap=True)
+
+
+def put_codes(content: bytes, module: AffectModule, console: Console) -> bytes:
+    """Return an ONNX file of a compressed model with its codes, and tell what they save and where they could not go."""
+    from affect.compression.coded import with_codes
+
+    coded = with_codes(content, module)
+    if coded.stored:
+        console.print(
+            f"codes of {len(coded.stored)} layers: {len(coded.content) / 1e3:.0f} kB, with floats "
+            f"{len(content) / 1e3:.0f} kB",
+            highlight=False,
+        )
+    if coded.floats:
+        console.print(
+            f"floats stay in {len(coded.floats)} layers with codes, which save nothing there or which the exporter "
+            f"changed: {', '.join(coded.floats[:5])}{', …' if len(coded.floats) > 5 else ''}",
+            highlight=False,
+            markup=False,
+        )
+    return coded.content
 
 
 def output_file(config: DictConfig, release: Release, form: str) -> Path:

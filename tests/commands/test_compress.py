@@ -122,8 +122,29 @@ def test_files_of_rounded_inputs_are_judged_by_means(
     monkeypatch.setattr(formats, "differences", lambda *arguments: {})
     monkeypatch.setattr(formats, "refusal", lambda parity, int8, tolerance: asked.append(int8))
     checkpoint = rounded if inputs == "rounded" else run
-    export.run(compose("export", f"checkpoint={checkpoint}", f"out={tmp_path / 'model.onnx'}"))
+    export.run(compose("export", f"checkpoint={checkpoint}", f"out={tmp_path / 'model.onnx'}", "codes=false"))
     assert asked == [inputs == "rounded"]
+
+
+def test_a_file_of_a_compressed_release_holds_codes_unless_floats_are_asked_for(
+    compose: Compose, rounded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    release = read_release(rounded)
+    image, tasks, found, sizes = parity_faces(release.preprocess)[0], build_tasks(release), {}, {}
+    for codes in (True, False):
+        path = tmp_path / f"{codes}.onnx"
+        export.run(compose("export", f"checkpoint={rounded}", f"out={path}", f"codes={codes}"))
+        told = " ".join(capsys.readouterr().out.split())
+        assert ("codes of " in told) == codes
+        found[codes], sizes[codes] = formats.program_values(path.read_bytes(), tasks, image), path.stat().st_size
+    for name, value in found[True].items():
+        torch.testing.assert_close(value, found[False][name], rtol=1e-5, atol=1e-6, msg=name)
+    stored = {name: layer for name, layer in build_model(release, tasks).named_modules() if hasattr(layer, "stored")}
+    floats = sum(4 * layer.current_weight().numel() for layer in stored.values())
+    codes = sum(layer.stored.stored_bytes for layer in stored.values() if layer.stored is not None)
+    assert sizes[True] < sizes[False] - 0.8 * (floats - codes)
 
 
 def test_methods_that_train_go_on_in_the_data_where_the_last_burst_ended(compose: Compose, run: Path) -> None:
