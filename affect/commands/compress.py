@@ -27,7 +27,7 @@ from affect.commands.run_folder import CONFIG
 from affect.commands.train import quiet
 from affect.compression.base import KEEPING, Chain, Data, Transform, backbone, relative_error, run_chain
 from affect.compression.layers import CompressedConv2d, CompressedLinear
-from affect.compression.report import count_macs, stored_size, table
+from affect.compression.report import Report, count_macs, stored_size, table
 from affect.compression.structure import replace_layer, structure
 from affect.compression.uniform import current_weight
 from affect.data.batch import FaceBatch
@@ -92,29 +92,36 @@ def run(config: DictConfig) -> None:
         images = training_data(config, release, trust, tasks)
     reports = []
     warned: list[str] = []
+    earlier = expected
     for name, encoder in encoders:
+        of = f"{name}: " if len(encoders) > 1 else ""
         data = encoder_data(config, module, encoder, images)
         network = backbone(encoder).eval()
         chain = run_chain(network, transforms, data, encoder.normalise(image))  # type: ignore[operator]
         reports.append((name, chain))
         print_chain(console, name, chain)
-        found = predicted(module, image)
-        parity = export.differences(expected, found, tasks)
+        # What one encoder lost is not the next one's.
+        now = predicted(module, image)
+        parity, earlier = export.differences(earlier, now, tasks), now
         losing = {task: one for task, one in parity.items() if one.mean > float(config.tolerance) * one.scale}
         for task, one in losing.items():
             line = (
-                f"{task} changes by {one.mean:.3g} on average on {shown}, more than tolerance={config.tolerance} of "
-                f"its scale {one.scale:.3g}"
+                f"{of}{task} changes by {one.mean:.3g} on average on {shown}, more than tolerance={config.tolerance} "
+                f"of its scale {one.scale:.3g}"
             )
             warned.append(line)
             console.print(f"[bold]warning[/bold]: {line}", highlight=False)
         if losing:
             told = blame_text(transforms, chain, network, encoder.normalise(image))  # type: ignore[operator]
-            warned += told.splitlines()
+            warned += [of + line for line in told.splitlines()]
             console.print(told, highlight=False, markup=False)
     after = {"bytes": stored_size(module), "macs": model_macs(module, image)}
     found = predicted(module, image)
     parity = export.differences(expected, found, tasks)
+    for task, one in parity.items():
+        if not warned and one.mean > float(config.tolerance) * one.scale:
+            warned.append(f"{task} changes by {one.mean:.3g} on average on {shown} by all encoders together")
+            console.print(f"[bold]warning[/bold]: {warned[-1]}", highlight=False)
     written = {
         "methods": [t.name for t in transforms],
         "settings": OmegaConf.to_container(config.compression, resolve=True),
@@ -128,7 +135,7 @@ def run(config: DictConfig) -> None:
         "differences": {k: one._asdict() for k, one in parity.items()},
         "encoders": {n: [r.plain() for r in chain.reports] for n, chain in reports},
     }
-    write(out, release, module, written, [report for _, chain in reports for report in chain.reports])
+    write(out, release, module, written, [report for name, chain in reports for report in named(name, chain, reports)])
     check_written(out, trust, image, found)
     print_totals(console, before, after, parity, shown, float(config.tolerance))
     console.print(f"[bold]{out}[/bold]: a release, {REPORT}, {LAYERS}", soft_wrap=True)
@@ -452,6 +459,16 @@ def print_chain(console: Console, name: str, chain: Chain) -> None:
     console.print(shown)
     for note in (note for report in chain.reports for note in report.notes):
         console.print(f"note: {note}", highlight=False)
+
+
+def named(name: str, chain: Chain, chains: Sequence[tuple[str, Chain]]) -> list[Report]:
+    """Return the reports of an encoder, its layers with its name in front where there are others."""
+    if len(chains) == 1:
+        return chain.reports
+    return [
+        replace(report, layers=[replace(layer, name=f"{name}: {layer.name}") for layer in report.layers])
+        for report in chain.reports
+    ]
 
 
 def print_totals(

@@ -220,13 +220,20 @@ def tuning_notes(tuned: Mapping[str, Any]) -> list[str]:
     for on, node in tuned.items():
         said = ", ".join(f"{value} ({score:.3f})" for value, score in node["scores"].items())
         end = None
-        if len(node["scores"]) > 1 and isinstance(node["chosen"], int | float):
-            values = [float(value) for value in node["scores"]]
+        values = [number for number in map(_number, node["scores"]) if number is not None]
+        if len(values) > 1 and len(values) == len(node["scores"]) and _number(str(node["chosen"])) is not None:
             end = {min(values): "smallest", max(values): "largest"}.get(float(node["chosen"]))
         beyond = f" It is the {end} that was tried: a better one may lie beyond." if end else ""
         chosen = f"{node['key']}={node['chosen']} for {', '.join(node['arms'])}"
         notes.append(f"{chosen}: best of {said} on the validation part of {on}.{beyond}")
     return notes
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _key(override: str) -> str:

@@ -479,7 +479,8 @@ def build_trainer(config: DictConfig, first: list[pl.Callback], epochs: int | No
         epochs: Stops after so many epochs, of a schedule that spans those of the config as it did in the run that chose
             them, and without callbacks that need a validation part; None trains as the config says.
     """
-    if config.trainer.get("val_check_interval") not in (None, 1.0):
+    every = config.trainer.get("val_check_interval")
+    if every is not None and (isinstance(every, int) or every != 1):  # a whole 1 is each batch, 1.0 each epoch
         raise ConfigError(
             f"trainer.val_check_interval={config.trainer.val_check_interval}: weights are validated and stored at the "
             "end of epochs, and a continued run would miss validations within one; use trainer.check_val_every_n_epoch "

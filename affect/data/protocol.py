@@ -813,15 +813,23 @@ def _known_groups(source: Source, rows: np.ndarray, trained: Mapping[str, Sequen
     else:
         files = _known_files(table, frozenset(trained.get(IMAGES, ())))
         columns = {space: space.removesuffix(GROUPS_OF) for space in trained if space.endswith(GROUPS_OF)}
-    said = []
+    said, common = [], np.intersect1d(files, rows)
     for space, column in columns.items():
         if column not in table.names or not (drawn is not None or len(files)):
             continue
-        hashes = _value_hashes(table, rows, column, space)
-        known = sorted(hashes[one] for one in hashes.keys() & set(trained[space]))
+        hashes, trained_on = _value_hashes(table, rows, column, space), set(trained[space])
+        known = hashes.keys() & trained_on
+        if drawn is None:
+            # Another training table may count its subjects from 1, too: files that were met say whom it meant here.
+            known &= _value_hashes(table, files, column, space).keys()
+            if len(trained_on) < KNOWN:  # all of them: others on the same photograph were not trained on
+                codes, names = table.codes(column)
+                strangers = {value for one, value in hashes.items() if one not in trained_on}
+                strange = np.array([str(name) in strangers for name in names], bool)
+                common = common[[code < 0 or not strange[code] for code in codes[common]]]
         if known:
-            said.append(f"{len(known)} values of {column} among these rows: {_listed(known)}")
-    common = np.intersect1d(files, rows)
+            values = sorted(hashes[one] for one in known)
+            said.append(f"{len(values)} values of {column} among these rows: {_listed(values)}")
     if len(common):
         said.append(f"{len(common)} image files among these rows: {_listed(table.strings('image', common)[0])}")
     return said
@@ -871,10 +879,13 @@ def _known_files(table: FaceTable, known: frozenset[str]) -> np.ndarray:
     if not numbers:
         return np.empty(0, np.int64)
     wanted, rows = np.array(sorted(numbers), np.uint64), []
+    same: dict[int, bool] = {}  # of the file of each name, which many rows may have
     for piece, found in _image_hashes(table, np.arange(len(table))):
         met = np.isin(found, wanted)
         for row, number in zip(piece[met].tolist(), found[met].tolist(), strict=True):
-            if _file_hash(table, row, number) in known:
+            if number not in same:
+                same[number] = _file_hash(table, row, number) in known
+            if same[number]:
                 rows.append(row)
     return np.array(rows, np.int64)
 

@@ -29,7 +29,7 @@ from affect.compression.codebooks import codebook_bits
 from affect.compression.folding import BatchNormFolding
 from affect.compression.report import Report
 from affect.compression.spiq import SPIQ
-from affect.compression.uniform import current_weight, put_weight, round_to_grid
+from affect.compression.uniform import UniformQuantization, current_weight, put_weight, round_to_grid
 from affect.data.batch import FaceBatch
 from affect.errors import CheckpointError, ConfigError
 from affect.foreign import build_predictor
@@ -282,6 +282,21 @@ def test_the_layer_that_is_blamed_is_the_one_that_was_rounded() -> None:
     told = compress.blame_text(transforms, chain, network, x)
     assert "after bn_folding" in told
     assert "protect=[stages.3.conv1]" in told
+
+
+def test_layers_of_several_encoders_are_told_apart() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    chains = [
+        (name, run_chain(FaceNet().eval(), [UniformQuantization(8)], Data(), x))
+        for name in ("encoder", "exogenous.encoder")
+    ]
+    (plain,) = compress.named("encoder", chains[0][1], chains[:1])
+    assert plain.layers[0].name == "conv1"
+    for name, chain in chains:
+        (report,) = compress.named(name, chain, chains)
+        assert [layer.name for layer in report.layers] == [f"{name}: {layer.name}" for layer in plain.layers]
+        assert chain.reports[0].layers[0].name == "conv1"
 
 
 METHODS = {path.stem: OmegaConf.load(path)[path.stem] for path in (config_directory() / "compression").glob("*.yaml")}

@@ -230,6 +230,8 @@ def test_a_measure_with_bars_in_its_name_is_one_column() -> None:
         (0.003, [0.0003, 0.001, 0.003], " It is the largest that was tried: a better one may lie beyond."),
         (0.001, [0.001], ""),
         ("adam", ["adam", "sgd"], ""),
+        (True, [True, False], ""),
+        (0.1, [None, 0.1, 0.2], ""),
     ],
 )
 def test_a_value_at_the_end_of_those_tried_is_said_to_be_one(chosen: Any, tried: list, said: str) -> None:

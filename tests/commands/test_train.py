@@ -290,6 +290,7 @@ _NEUTRAL = ("dataset.dials.expression_rates=[1,0,0,0,0,0,0,0]",)
         (["trainer.max_epochs=ten"], ConfigError, "trainer.max_epochs=ten"),
         (["trainer.precision=7"], ConfigError, "trainer: "),
         (["+trainer.val_check_interval=2"], ConfigError, "val_check_interval=2: .*would miss validations"),
+        (["+trainer.val_check_interval=1"], ConfigError, "val_check_interval=1: .*would miss validations"),
         (["optimizer.lr=fast"], ConfigError, "optimizer.lr=fast: a number is needed"),
         (["optimizer.lr=-1.0"], ConfigError, "optimizer: .*-1.0"),
         (["task=[expression]", "loss=asymmetric"], ConfigError, "loss=…: no selected task uses it"),

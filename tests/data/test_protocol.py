@@ -649,6 +649,26 @@ def test_a_table_without_a_name_space_is_known_again_by_its_files_and_then_by_it
     assert "image files" not in groups_of([source()], [np.arange(60)], [Protocol()]), "drawn images are no files"
 
 
+def test_people_of_two_training_tables_that_count_from_0_are_not_taken_for_each_other(tmp_path):
+    first = on_disk(tmp_path / "first", [f"{k}.png" for k in range(8)], map(str, range(8)))
+    own = on_disk(tmp_path / "own", [f"{k}.png" for k in range(12)], map(str, range(12)))
+    trained = groups_of([first, own], [np.arange(8), np.arange(8, 12)], [Protocol(), Protocol()])
+    assert len(trained["subject of tables"]) == 12
+    assert known_people([own], [np.arange(8)], trained) == [], "people 0 to 7 of the other table are others"
+    (people, files) = known_people([own], [np.arange(7, 10)], trained)
+    assert "2 values of subject among these rows: 8, 9" in people
+    assert "2 image files among these rows: 8.png, 9.png" in files
+
+
+def test_others_on_a_photograph_that_showed_a_trained_person_are_not_known(tmp_path):
+    faces = on_disk(tmp_path / "groups", ["a.png", "a.png", "b.png", "b.png"], ["0", "1", "2", "3"])
+    trained = groups_of([faces], [np.array([0, 2])], [Protocol()])
+    assert known_people([faces], [np.array([1, 3])], trained) == []
+    (people, files) = known_people([faces], [np.array([1, 2])], trained)
+    assert "1 values of subject among these rows: 2" in people
+    assert "1 image files among these rows: b.png" in files
+
+
 def test_of_a_large_training_a_sample_is_kept_that_is_the_same_wherever_it_is_met(tmp_path, monkeypatch):
     monkeypatch.setattr("affect.data.protocol.KNOWN", 8)
     monkeypatch.setattr("affect.data.protocol._CHUNK", 7)
